@@ -1,0 +1,121 @@
+// What the tree shows: the interfaces through which the tree reaches devices,
+// snapshots and images.
+
+package fusefs
+
+import (
+	"io"
+	"iter"
+	"time"
+)
+
+// Source is what the tree is a view of. Its methods are called from many
+// goroutines at once, and its content changes while the tree is mounted: the
+// Source's owner says so by Tree.DeviceAdded and its like.
+type Source interface {
+	// Version is the first line of /version, without newline.
+	Version() string
+
+	// Devices and Snapshots are sorted by name. Device and Snapshot return
+	// false for an unknown name.
+	Devices() []string
+	Device(name string) (Device, bool)
+	Snapshots() []string
+	Snapshot(name string) (Snapshot, bool)
+
+	// Latest names the newest snapshot; empty if there is none.
+	Latest() string
+
+	// Take takes a snapshot of every device (mkdir), Destroy destroys one
+	// (rmdir). Errors are matched against package syscall's: EEXIST, EINVAL,
+	// ENOSPC, ETIMEDOUT, EBUSY, ENOENT; anything else is EIO.
+	Take(name string) error
+	Destroy(name string) error
+
+	// Space is the size of the snapstore and what is free of it, in bytes.
+	Space() (size, free int64)
+}
+
+// Device is one device below /devices.
+type Device interface {
+	Origin() string // path
+	Size() int64    // bytes
+	URI() string    // NBD URI of its live export
+	State() string  // "ok", "stopping" or "failed: why"
+
+	// Changes is the change tracking as of this call; it does not change
+	// afterwards.
+	Changes() Changes
+}
+
+// Snapshot is one snapshot below /snapshots.
+type Snapshot interface {
+	Created() time.Time
+	State() string    // "ok", "overflowed" or "failed: why": the worst of its images
+	Images() []string // the names of its devices, sorted
+	Image(device string) (Image, bool)
+}
+
+// Image is one device's content in one snapshot.
+type Image interface {
+	// ReadAt fills p or returns an error; io.EOF beyond Size. Once the
+	// snapshot is destroyed or broken every call returns an error.
+	io.ReaderAt
+
+	// WriteAt, Zero (which may free what it covers) and Sync fail with EROFS
+	// where the image is not Writable.
+	io.WriterAt
+	Zero(off, n int64) error
+	Sync() error
+	Writable() bool
+
+	Size() int64
+	State() string
+
+	// Allocated is how many bytes of the image are not a hole. NextData and
+	// NextHole return the first offset at or after off that is data, or a
+	// hole; the end of the image counts as a hole. NextData fails with ENXIO
+	// where no data follows. What is a hole is fixed when first asked and
+	// kept while the snapshot lives.
+	Allocated() (int64, error)
+	NextData(off int64) (int64, error)
+	NextHole(off int64) (int64, error)
+
+	// Acquire says that a file of the image is open, Release that it was
+	// closed; in between the snapshot counts as in use. Acquire fails once
+	// the snapshot is destroyed or broken.
+	Acquire() error
+	Release()
+
+	// Changes is the change tracking frozen at the snapshot.
+	Changes() Changes
+}
+
+// Changes is the content of one cbt directory: it never changes once it was
+// handed out.
+type Changes interface {
+	// MapSize is the number of tracking blocks, ReadMap fills p with the
+	// map's bytes from off on, one for each tracking block, and returns how
+	// many there were.
+	MapSize() int64
+	ReadMap(p []byte, off int64) int
+
+	BlockSize() int64   // bytes
+	Generation() string // UUID
+	Number() uint64
+	Base() uint64
+
+	// Since yields the runs of bytes changed after snapshot num, All those
+	// that are allocated, in order, disjoint, and clipped to the device. Since
+	// returns false if num is below Base or above Number.
+	Since(num uint64) (iter.Seq2[Run, error], bool)
+	All() iter.Seq2[Run, error]
+	// Numbers are those of existing snapshots from Base to Number, ascending.
+	Numbers() []uint64
+}
+
+// Run is a line of since/NUM.
+type Run struct {
+	Off, N int64
+	Zero   bool // must be zeroed in the copy, need not be read
+}
