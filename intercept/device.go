@@ -5,8 +5,8 @@ package intercept
 
 import (
 	"context"
-	"errors"
 	"iter"
+	"syscall"
 )
 
 // Device is what an export serves. The server calls it from many goroutines
@@ -48,8 +48,9 @@ type Device interface {
 	Cache(off, n int64) error
 }
 
-// ZeroFlags are the command flags of a WRITE_ZEROES request.
-type ZeroFlags struct {
+// ZeroFlags are the command flags of a WRITE_ZEROES request. It is an alias so
+// that an implementation elsewhere need not name this package.
+type ZeroFlags = struct {
 	FUA    bool // durable on return
 	NoHole bool // the range must be allocated afterwards
 	Fast   bool // fail with ENOTSUP where it would not be faster than a Write
@@ -58,7 +59,7 @@ type ZeroFlags struct {
 // ErrWouldBlock is returned by the Try methods: nothing was done, and the same
 // request must be given to the method without Try, from a goroutine that may
 // wait.
-var ErrWouldBlock = errors.New("request would block")
+var ErrWouldBlock error = syscall.EAGAIN
 
 // A Device that can say at once whether a request would wait implements
 // TryReader or TryWriter; the server then calls these from the goroutine that
