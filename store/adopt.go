@@ -1,0 +1,107 @@
+// Adopting: slots that a predecessor used are found again.
+
+package store
+
+import (
+	"errors"
+	"fmt"
+)
+
+// Adopt puts a slot in use that a predecessor of this pool used, with its
+// blocks mask. It fails for a slot that was never given out or is adopted
+// already, and after Discard. A part gives out only slots beyond those that it
+// held when it was opened until Discard is called.
+func (p *Pool) Adopt(s Slot, mask uint16) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	l := p.byNo[s.Part()].Load()
+	if l == nil {
+		return fmt.Errorf("adopt slot %v: there is no such part", s)
+	}
+	if err := l.adopt(s.index(), mask); err != nil {
+		return fmt.Errorf("adopt slot %v: %w", s, err)
+	}
+	return nil
+}
+
+func (l *ledger) adopt(i int64, mask uint16) error {
+	switch {
+	case i >= l.traits.Held:
+		return fmt.Errorf("its part held only %d slots", l.traits.Held)
+	case l.inUse.has(i):
+		return errors.New("it is in use already")
+	case i < l.swept:
+		return errors.New("it was discarded")
+	}
+	l.take(i, mask)
+	return nil
+}
+
+// Discard gives back the backing of every block that is not in use: what a
+// predecessor left and nobody adopted, and what is kept to be used again. A
+// start calls it after the last Adopt; without any the parts are empty then.
+// It returns when that is done.
+func (p *Pool) Discard() error {
+	p.mu.Lock()
+	ledgers := p.ledgers
+	p.mu.Unlock()
+	var errs []error
+	for _, l := range ledgers {
+		err := p.sweep(l)
+		if err == nil {
+			err = p.trim(l, 0)
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("empty snapstore %v: %w", l.traits.Spec, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// sweep makes the slots that the part held when it was opened and nobody
+// adopted available, step by step.
+func (p *Pool) sweep(l *ledger) error {
+	l.punch.Lock()
+	defer l.punch.Unlock()
+	for {
+		p.mu.Lock()
+		from := l.swept
+		p.mu.Unlock()
+		if from == l.traits.Held {
+			return nil
+		}
+		data, err := l.part.NextData(from * SlotSize)
+		if err != nil {
+			return err
+		}
+		p.mu.Lock()
+		l.claimHeld(data / SlotSize)
+		p.mu.Unlock()
+		err = l.claim.extents(l.part.Punch)
+		p.mu.Lock()
+		l.settle(err)
+		p.mu.Unlock()
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// claimHeld moves swept on: slots before data, which have no backing, become
+// clean, and a few from there on are claimed but for their blocks in use.
+func (l *ledger) claimHeld(data int64) {
+	end := min(l.traits.Held, l.swept+pageSlots)
+	for ; l.swept < min(data, end); l.swept++ {
+		if !l.inUse.has(l.swept) {
+			l.clean.add(l.swept)
+		}
+	}
+	l.claim.first, l.claim.masks = l.swept, l.claim.masks[:0]
+	for ; l.swept < min(end, l.claim.first+maxClaim); l.swept++ {
+		mask := ^l.state(l.swept).used
+		if l.traits.Coarse {
+			mask = 0
+		}
+		l.claim.masks = append(l.claim.masks, mask)
+	}
+}

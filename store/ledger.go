@@ -1,0 +1,284 @@
+// The ledger of a part: which of its slots are in use, and for which blocks.
+
+package store
+
+import (
+	"sync"
+)
+
+// A ledger is what a pool knows of one part. The pool's mu protects it, but
+// for what is said otherwise. Space is counted in blocks.
+type ledger struct {
+	part   Part   // never changes
+	traits Traits // never changes
+	no     uint8  // never changes
+
+	// punch is held across I/O by whoever punches, so that claim is one
+	// range at a time. It is taken before the pool's mu.
+	punch sync.Mutex
+
+	kick chan struct{} // wakes the keeper
+
+	limit   int64 // blocks in use at most
+	ceiling int64 // as far as there is backing; may be below or above limit
+	used    int64 // blocks in use, those of quarantined slots included
+	spare   int64
+	allocs  uint64 // counts alloc and extend: tells the keeper what is idle
+	failed  error  // why no slot is given out any more
+
+	pages  []*[pageSlots]slotState
+	fresh  int64 // slots from this one on were never given out
+	swept  int64 // slots from here to traits.Held are in use, adopted, or unknown
+	inUse  slotSet
+	clean  slotSet
+	warm   slotSet
+	dirty  slotSet
+	single [slotBlocks][]uint32 // free slots of which one block is spare
+
+	claim claim
+}
+
+// slotState is what is known of a slot below fresh.
+type slotState struct {
+	used  uint16
+	spare uint16
+	stuck bool // quarantined
+}
+
+// maxSingles bounds how many slots with the same single block are kept.
+const maxSingles = 4096
+
+func newLedger(no uint8, part Part) *ledger {
+	t := part.Traits()
+	l := &ledger{part: part, traits: t, no: no, kick: make(chan struct{}, 1)}
+	l.limit = t.Spec.Limit / BlockSize
+	l.ceiling = l.limit
+	l.fresh = t.Held
+	return l
+}
+
+func (l *ledger) state(i int64) *slotState {
+	p := i / pageSlots
+	for int64(len(l.pages)) <= p {
+		l.pages = append(l.pages, nil)
+	}
+	if l.pages[p] == nil {
+		l.pages[p] = new([pageSlots]slotState)
+	}
+	return &l.pages[p][i%pageSlots]
+}
+
+// cost is how many blocks a slot takes in which mask is in use.
+func (l *ledger) cost(mask uint16) int64 {
+	if l.traits.Coarse {
+		return slotBlocks
+	}
+	return blocks(mask)
+}
+
+// room is how many more blocks can be in use.
+func (l *ledger) room() int64 {
+	if l.failed != nil {
+		return 0
+	}
+	return max(0, min(l.limit, l.ceiling)-l.used)
+}
+
+// size is how many blocks are or can be in use.
+func (l *ledger) size() int64 { return l.used + l.room() }
+
+// lower notes that there was no backing for n blocks in use. They are not
+// counted, so that once they are freed there is no room still.
+func (l *ledger) lower(n int64) {
+	l.ceiling = max(0, min(l.ceiling, l.used)-n)
+}
+
+// alloc gives slots for masks that cost no more than room, and says how many.
+func (l *ledger) alloc(dst []Slot, masks []uint16, room int64) int {
+	fit := 0
+	for fit < len(dst) {
+		if room -= l.cost(masks[fit]); room < 0 {
+			break
+		}
+		fit++
+	}
+	given := 0
+	for given < fit {
+		i, n := l.pick(masks[given:fit])
+		if n == 0 {
+			break
+		}
+		for k := range int64(n) {
+			l.take(i+k, masks[given])
+			dst[given] = makeSlot(l.no, i+k)
+			given++
+		}
+	}
+	l.allocs++
+	return given
+}
+
+// pick chooses up to len(masks) neighbours that may be given out. n is 0 when
+// there is no address left.
+func (l *ledger) pick(masks []uint16) (i int64, n int) {
+	want := len(masks)
+	if l.wantsWarm(masks) {
+		if i, n = l.warm.findRun(want); n > 0 {
+			return i, n
+		}
+	}
+	if want == 1 {
+		if i, ok := l.popSingle(masks[0]); ok {
+			return i, 1
+		}
+	}
+	if i, n = l.clean.findRun(want); n == want {
+		return i, n
+	}
+	if m := min(l.traits.Slots-l.fresh, int64(want)); m > int64(n) {
+		l.fresh += m
+		return l.fresh - m, int(m)
+	}
+	if n > 0 {
+		return i, n
+	}
+	return l.warm.findRun(want)
+}
+
+// wantsWarm says whether slots with backing for all blocks suit masks: where
+// one of them is whole, the others are its neighbours in one write, and the
+// next writes are likely to fill them.
+func (l *ledger) wantsWarm(masks []uint16) bool {
+	if l.traits.Coarse {
+		return true
+	}
+	for _, m := range masks {
+		if m == AllBlocks {
+			return true
+		}
+	}
+	return false
+}
+
+func (l *ledger) popSingle(mask uint16) (int64, bool) {
+	if blocks(mask) != 1 {
+		return 0, false
+	}
+	stack := &l.single[firstBlock(mask)]
+	n := len(*stack)
+	if n == 0 {
+		return 0, false
+	}
+	i := (*stack)[n-1]
+	*stack = (*stack)[:n-1]
+	return int64(i), true
+}
+
+// take puts the free slot i in use.
+func (l *ledger) take(i int64, mask uint16) {
+	st := l.state(i)
+	l.clean.remove(i)
+	l.warm.remove(i)
+	l.inUse.add(i)
+	l.used += l.cost(mask)
+	st.used = mask
+	keep := st.spare &^ mask
+	if l.traits.Coarse {
+		keep = 0
+	}
+	l.setSpare(i, st, keep)
+}
+
+// setSpare also sees to it that what is spare in a slot in use is given back
+// some time.
+func (l *ledger) setSpare(i int64, st *slotState, spare uint16) {
+	l.spare += blocks(spare) - blocks(st.spare)
+	st.spare = spare
+	if spare != 0 {
+		l.dirty.add(i)
+	} else {
+		l.dirty.remove(i)
+	}
+}
+
+// extend counts more blocks of a slot in use, if they cost no more than room.
+func (l *ledger) extend(i int64, mask uint16, room int64) error {
+	st := l.state(i)
+	add := mask &^ st.used
+	if l.claim.has(i, add) {
+		return ErrFull
+	}
+	if !l.traits.Coarse {
+		if blocks(add) > room {
+			return ErrFull
+		}
+		l.used += blocks(add)
+	}
+	st.used |= add
+	l.setSpare(i, st, st.spare&^add)
+	l.allocs++
+	return nil
+}
+
+// shrink makes blocks of a slot in use spare.
+func (l *ledger) shrink(i int64, mask uint16) {
+	st := l.state(i)
+	drop := mask & st.used
+	st.used &^= drop
+	if !l.traits.Coarse {
+		l.used -= blocks(drop)
+		l.setSpare(i, st, st.spare|drop)
+	}
+}
+
+// free takes slot i out of use, to where it can be used again.
+func (l *ledger) free(i int64) {
+	st := l.state(i)
+	l.inUse.remove(i)
+	l.used -= l.cost(st.used)
+	if i >= l.swept && i < l.traits.Held {
+		*st = slotState{} // sweep will find it
+		return
+	}
+	spare := st.spare | st.used
+	if l.traits.Coarse {
+		spare = AllBlocks
+	}
+	st.used = 0
+	l.setSpare(i, st, spare)
+	switch k := firstBlock(spare); {
+	case l.claim.has(i, AllBlocks):
+		// Part of it is being punched: settle finds its place.
+	case spare == 0:
+		l.clean.add(i)
+	case spare == AllBlocks:
+		l.dirty.remove(i)
+		l.warm.add(i)
+	case spare == 1<<k && len(l.single[k]) < maxSingles:
+		l.dirty.remove(i)
+		l.single[k] = append(l.single[k], uint32(i))
+	}
+	if l.spare > l.maxSpare() {
+		l.wake()
+	}
+}
+
+// maxSpare is how much backing is kept for those who will ask for it next: the
+// less, the less room there is.
+func (l *ledger) maxSpare() int64 {
+	return min(256<<20/BlockSize, l.room()/4)
+}
+
+func (l *ledger) wake() {
+	select {
+	case l.kick <- struct{}{}:
+	default: // it is awake
+	}
+}
+
+// fail notes why the part gives out no more slots.
+func (l *ledger) fail(err error) {
+	if l.failed == nil {
+		l.failed = err
+	}
+}

@@ -1,0 +1,306 @@
+// The pool: parts in order of preference, and the slots that are given out.
+
+package store
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+)
+
+// ErrFull is returned where a pool has no room.
+var ErrFull = fmt.Errorf("snapstore is full: %w", syscall.ENOSPC)
+
+// A Pool gives out slots of its parts. All of its methods may be called from
+// many goroutines at once. What a slot holds is the business of whoever got it:
+// two of them never get the same.
+type Pool struct {
+	// byNo finds a part without a lock. An entry is set once, under mu.
+	byNo [256]atomic.Pointer[ledger]
+
+	keepers sync.WaitGroup
+	done    chan struct{} // closed by Close
+
+	// mu protects what follows and the ledgers. It is never held across
+	// I/O, nor while a function of somebody else is called.
+	mu      sync.Mutex
+	ledgers []*ledger // in order of preference
+	reserve int64     // blocks that only AllocReserve may use
+	freed   uint64
+	wake    chan struct{} // closed when freed changes; nil if nobody waits
+	misuse  error         // the first breach of a method's contract
+	closed  bool
+}
+
+// idleAfter is for how long nothing is given out before what is spare in a
+// part is given back.
+const idleAfter = time.Second
+
+// NewPool makes a pool of parts, which it closes when it is closed. They are
+// numbered from 1 on. More than 255 of them are a mistake that panics.
+func NewPool(parts ...Part) *Pool {
+	p := &Pool{done: make(chan struct{})}
+	for _, part := range parts {
+		if err := p.Add(part); err != nil {
+			panic("store: NewPool: " + err.Error())
+		}
+	}
+	return p
+}
+
+// Add adds a part, the least preferred so far, under the lowest number that is
+// free. After an error the part still belongs to the caller.
+func (p *Pool) Add(part Part) error {
+	for no := 1; no < len(p.byNo); no++ {
+		if p.byNo[no].Load() == nil {
+			return p.AddAs(uint8(no), part)
+		}
+	}
+	return errors.New("add to the snapstore: it has 255 parts already")
+}
+
+// AddAs is Add under a number of the caller's choice, from 1 to 255, that no
+// part of the pool has.
+func (p *Pool) AddAs(no uint8, part Part) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	switch {
+	case p.closed:
+		return errClosed
+	case no == 0 || p.byNo[no].Load() != nil:
+		return fmt.Errorf("add to the snapstore: the number %d is not free", no)
+	}
+	l := newLedger(no, part)
+	p.ledgers = append(p.ledgers, l)
+	p.byNo[no].Store(l)
+	size := int64(0)
+	for _, l := range p.ledgers {
+		size += l.limit
+	}
+	p.reserve = reserveOf(size)
+	p.noteFreed()
+	p.keepers.Go(func() { p.keep(l) })
+	return nil
+}
+
+// reserveOf is how many blocks of a pool of size blocks are kept for
+// AllocReserve: 1 %, between 256 KiB and 1 MiB, but no more than a quarter.
+func reserveOf(size int64) int64 {
+	return min(max(size/100, 4*slotBlocks), 1<<20/BlockSize, size/4)
+}
+
+// Alloc gives up to len(dst) slots. masks, as long as dst, says which blocks
+// of each will be written: only these count. All come from one part, the first
+// in order of preference with room for the first of them, and are neighbours
+// wherever that is possible. It returns how many it gave: 0 with ErrFull when
+// there is room for none.
+func (p *Pool) Alloc(dst []Slot, masks []uint16) (int, error) {
+	return p.alloc(dst, masks, false)
+}
+
+// AllocReserve is Alloc for those who must not fail: it may also use the
+// reserve.
+func (p *Pool) AllocReserve(dst []Slot, masks []uint16) (int, error) {
+	return p.alloc(dst, masks, true)
+}
+
+func (p *Pool) alloc(dst []Slot, masks []uint16, reserve bool) (int, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed {
+		return 0, errClosed
+	}
+	room := p.room(reserve)
+	for _, l := range p.ledgers {
+		if n := l.alloc(dst, masks, min(room, l.room())); n > 0 {
+			return n, nil
+		}
+	}
+	return 0, ErrFull
+}
+
+// room is how many blocks can be given out. The caller holds mu.
+func (p *Pool) room(reserve bool) int64 {
+	room := int64(0)
+	for _, l := range p.ledgers {
+		room += l.room()
+	}
+	if !reserve {
+		room -= p.reserve
+	}
+	return room
+}
+
+// Extend counts more blocks of a slot in use; those that count already stay as
+// they are. ErrFull says that they must be written to another slot: there is
+// no room in this part, or the blocks were shrunk away a moment ago.
+func (p *Pool) Extend(s Slot, mask uint16) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	l := p.inUse(s, "extend")
+	if l == nil {
+		return errNotInUse
+	}
+	return l.extend(s.index(), mask, min(p.room(false), l.room()))
+}
+
+// Free takes a slot out of use; mask is its blocks in use. The caller
+// guarantees that nobody reads or writes it any more.
+func (p *Pool) Free(s Slot, mask uint16) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	l := p.inUse(s, "free")
+	if l == nil {
+		return
+	}
+	if used := l.state(s.index()).used; used != mask {
+		p.noteMisuse(fmt.Errorf("free of slot %v with blocks %016b in use: they are %016b", s, mask, used))
+	}
+	l.free(s.index())
+	p.noteFreed()
+}
+
+// Shrink takes blocks of a slot out of use that goes on being used for others.
+func (p *Pool) Shrink(s Slot, mask uint16) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	l := p.inUse(s, "shrink")
+	if l == nil {
+		return
+	}
+	if used := l.state(s.index()).used; mask&^used != 0 {
+		p.noteMisuse(fmt.Errorf("shrink of slot %v by blocks %016b: those in use are %016b", s, mask, used))
+	}
+	l.shrink(s.index(), mask)
+	p.noteFreed()
+}
+
+// Quarantine takes a slot out of use and never gives it out again, because a
+// write that hangs may still reach it. Its blocks go on counting.
+func (p *Pool) Quarantine(s Slot) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	l := p.inUse(s, "quarantine")
+	if l == nil {
+		return
+	}
+	l.inUse.remove(s.index())
+	l.state(s.index()).stuck = true
+}
+
+var errNotInUse = errors.New("slot is not in use")
+
+// inUse returns the ledger of a slot that is in use; nil, and a note for Check,
+// for any other. The caller holds mu.
+func (p *Pool) inUse(s Slot, what string) *ledger {
+	l := p.byNo[s.Part()].Load()
+	if l == nil || !l.inUse.has(s.index()) {
+		p.noteMisuse(fmt.Errorf("%s of slot %v, which is not in use", what, s))
+		return nil
+	}
+	return l
+}
+
+// noteMisuse keeps the first breach of a contract for Check. To panic would
+// take the origin's service down for a fault of its snapshots.
+func (p *Pool) noteMisuse(err error) {
+	if p.misuse == nil {
+		p.misuse = err
+	}
+}
+
+// ReadAt fills b with what was written at byte off of slot s, or returns an
+// error. off may exceed SlotSize, and so may off+len(b): the slots that follow
+// are neighbours.
+func (p *Pool) ReadAt(s Slot, b []byte, off int64) error {
+	l := p.byNo[s.Part()].Load()
+	if l == nil {
+		return fmt.Errorf("read slot %v: no such part", s)
+	}
+	if _, err := l.part.ReadAt(b, s.index()*SlotSize+off); err != nil {
+		p.noteFault(l, err, 0)
+		return fmt.Errorf("read slot %v of snapstore %v: %w", s, l.traits.Spec, err)
+	}
+	return nil
+}
+
+// WriteAt writes b at byte off of slot s, as ReadAt reads it. Where it returns
+// an error for which errors.Is(err, syscall.ENOSPC) holds, the part gave out
+// more than its file system could hold: it counts as full from then on, and
+// what is freed and allocated again is in another part.
+func (p *Pool) WriteAt(s Slot, b []byte, off int64) error {
+	l := p.byNo[s.Part()].Load()
+	if l == nil {
+		return fmt.Errorf("write slot %v: no such part", s)
+	}
+	_, err := l.part.WriteAt(b, s.index()*SlotSize+off)
+	if errors.Is(err, syscall.ENOSPC) && p.trim(l, 0) == nil {
+		// What waited to be used again was what is missing here.
+		_, err = l.part.WriteAt(b, s.index()*SlotSize+off)
+	}
+	if err != nil {
+		p.noteFault(l, err, int64(len(b)+BlockSize-1)/BlockSize)
+		return fmt.Errorf("write slot %v of snapstore %v: %w", s, l.traits.Spec, err)
+	}
+	return nil
+}
+
+// noteFault draws the conclusions of an error of a part, which n blocks had no
+// backing for if that was the reason.
+func (p *Pool) noteFault(l *ledger, err error, n int64) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if errors.Is(err, syscall.ENOSPC) {
+		l.lower(n)
+	} else {
+		l.fail(err)
+	}
+}
+
+// MayHang says whether reading or writing s can hang.
+func (p *Pool) MayHang(s Slot) bool {
+	l := p.byNo[s.Part()].Load()
+	return l != nil && l.traits.MayHang
+}
+
+// Freed counts how often space was freed or added. It is for Wait.
+func (p *Pool) Freed() uint64 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.freed
+}
+
+// noteFreed lets those go on who wait for space. The caller holds mu.
+func (p *Pool) noteFreed() {
+	p.freed++
+	if p.wake != nil {
+		close(p.wake)
+		p.wake = nil
+	}
+}
+
+// Close waits for the keepers and closes all parts. It leaves what they hold as
+// it is: a successor may adopt it.
+func (p *Pool) Close() error {
+	p.mu.Lock()
+	if p.closed {
+		p.mu.Unlock()
+		return errClosed
+	}
+	p.closed = true
+	close(p.done)
+	p.noteFreed()
+	p.mu.Unlock()
+
+	p.keepers.Wait()
+	var errs []error
+	for _, l := range p.ledgers {
+		if err := l.part.Close(); err != nil {
+			errs = append(errs, fmt.Errorf("close snapstore %v: %w", l.traits.Spec, err))
+		}
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,129 @@
+// Punching: how spare blocks lose their backing.
+
+package store
+
+// A claim is what is being punched at the moment: for a run of slots, the
+// blocks that nobody may begin to use before it is over. The pool's mu
+// protects it.
+type claim struct {
+	first int64
+	masks []uint16 // AllBlocks for a free slot
+}
+
+// maxClaim bounds how many slots are held back at a time.
+const maxClaim = 256
+
+// has says whether one of the blocks of slot i is being punched.
+func (c *claim) has(i int64, mask uint16) bool {
+	k := i - c.first
+	return k >= 0 && k < int64(len(c.masks)) && c.masks[k]&mask != 0
+}
+
+// extents calls fn for each run of claimed blocks, in bytes of the part, until
+// fn fails.
+func (c *claim) extents(fn func(off, n int64) error) error {
+	start, end := int64(0), int64(0)
+	for b := range int64(len(c.masks)) * slotBlocks {
+		if c.masks[b/slotBlocks]>>(b%slotBlocks)&1 == 0 {
+			continue
+		}
+		off := c.first*SlotSize + b*BlockSize
+		if off != end && start != end {
+			if err := fn(start, end-start); err != nil {
+				return err
+			}
+		}
+		if off != end || start == end {
+			start = off
+		}
+		end = off + BlockSize
+	}
+	if start == end {
+		return nil
+	}
+	return fn(start, end-start)
+}
+
+// trim punches until no more than target blocks are spare.
+func (p *Pool) trim(l *ledger, target int64) error {
+	l.punch.Lock()
+	defer l.punch.Unlock()
+	for {
+		p.mu.Lock()
+		more := l.claimSpare(target)
+		p.mu.Unlock()
+		if !more {
+			return nil
+		}
+		err := l.claim.extents(l.part.Punch)
+		p.mu.Lock()
+		l.settle(err)
+		p.mu.Unlock()
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// claimSpare claims the next run of dirty slots if more than target blocks are
+// spare.
+func (l *ledger) claimSpare(target int64) bool {
+	if l.spare <= target || l.failed != nil {
+		return false
+	}
+	if l.dirty.n == 0 {
+		l.cool()
+	}
+	first, _ := l.dirty.next(0)
+	n := l.dirty.run(first, maxClaim)
+	l.claim.first, l.claim.masks = first, l.claim.masks[:0]
+	for i := first; i < first+int64(n); i++ {
+		mask := AllBlocks
+		if st := l.state(i); st.stuck || l.inUse.has(i) {
+			mask = st.spare
+		}
+		l.claim.masks = append(l.claim.masks, mask)
+		l.dirty.remove(i)
+	}
+	return n > 0
+}
+
+// cool makes some of the slots dirty that waited to be used again.
+func (l *ledger) cool() {
+	if i, n := l.warm.findRun(maxClaim); n > 0 {
+		for k := i; k < i+int64(n); k++ {
+			l.warm.remove(k)
+			l.dirty.add(k)
+		}
+		return
+	}
+	for k, stack := range l.single {
+		for _, i := range stack {
+			l.dirty.add(int64(i))
+		}
+		l.single[k] = nil
+	}
+}
+
+// settle ends the claim: what was punched has no backing any more.
+func (l *ledger) settle(err error) {
+	for k, mask := range l.claim.masks {
+		i := l.claim.first + int64(k)
+		st := l.state(i)
+		if err != nil {
+			l.dirty.add(i)
+			continue
+		}
+		l.spare -= blocks(st.spare & mask)
+		if st.spare &^= mask; st.spare == 0 {
+			l.dirty.remove(i)
+			if !l.inUse.has(i) && !st.stuck {
+				l.clean.add(i)
+			}
+		}
+	}
+	l.claim.masks = l.claim.masks[:0]
+	if err != nil {
+		l.fail(err)
+	}
+}

@@ -1,0 +1,76 @@
+// Space: how much there is, and waiting for more.
+
+package store
+
+import "context"
+
+// Space returns how many bytes the pool can hold, how many are in use and how
+// many more can be. They count whole blocks, and free includes the reserve.
+func (p *Pool) Space() (size, used, free int64) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, l := range p.ledgers {
+		size += l.size() * BlockSize
+		used += l.used * BlockSize
+		free += l.room() * BlockSize
+	}
+	return size, used, free
+}
+
+// Wait returns nil once Freed is not since any more, or the error of ctx, or
+// an error when the pool is closed.
+func (p *Pool) Wait(ctx context.Context, since uint64) error {
+	for {
+		p.mu.Lock()
+		if p.closed {
+			p.mu.Unlock()
+			return errClosed
+		}
+		if p.freed != since {
+			p.mu.Unlock()
+			return nil
+		}
+		if p.wake == nil {
+			p.wake = make(chan struct{})
+		}
+		wake := p.wake
+		p.mu.Unlock()
+		select {
+		case <-wake:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// PartInfo is how a part looks to a user. Sizes are in bytes.
+type PartInfo struct {
+	No    uint8
+	Spec  Spec
+	Limit int64
+	Used  int64
+	Free  int64
+	State string // ok, or failed: and why
+}
+
+// Parts returns what there is to say of each part, in order of preference.
+func (p *Pool) Parts() []PartInfo {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var infos []PartInfo
+	for _, l := range p.ledgers {
+		info := PartInfo{
+			No:    l.no,
+			Spec:  l.traits.Spec,
+			Limit: l.limit * BlockSize,
+			Used:  l.used * BlockSize,
+			Free:  l.room() * BlockSize,
+			State: "ok",
+		}
+		if l.failed != nil {
+			info.State = "failed: " + l.failed.Error()
+		}
+		infos = append(infos, info)
+	}
+	return infos
+}
