@@ -1,0 +1,235 @@
+// The nodes of a map's memory: handing them out, counting who uses them, and
+// getting more memory before a writer has to wait for it.
+
+package cbt
+
+import (
+	"fmt"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// minBatch and maxBatch bound how many nodes memory grows by at once:
+	// 65 KiB for a small device, 17 MiB (some 5 ms) for a large one.
+	minBatch = 16
+	maxBatch = 4096
+
+	// reapBatch is how many counts are given back under mu before a writer
+	// that waits for it gets its turn.
+	reapBatch = 256
+)
+
+// nodes hands out the nodes of a memory.
+type nodes struct {
+	words
+	mem Memory
+
+	// period is the grace period that readers enter now.
+	period atomic.Pointer[grace]
+
+	// filling is set while a goroutine of fillers gets more memory.
+	filling atomic.Bool
+	fillers sync.WaitGroup
+
+	// growing serializes the growth of memory. It is taken before mu and held
+	// while the kernel allocates.
+	growing sync.Mutex
+
+	// mu protects the fields below, and every change of a link, of a record
+	// and of the live map's tree. Held for microseconds, never across a system
+	// call.
+	mu     sync.Mutex
+	counts []uint32 // of each node, how many links, roots and lists hold it
+	free   []node   // nodes that were used before
+	unused node     // this node and those after it were never used
+	closed bool
+
+	// replaced lists nodes that copies took the place of in the live map since
+	// the last Freeze. A marker may still hold a link to them.
+	replaced []node
+
+	// made counts the nodes that were made since the last Freeze.
+	made int
+
+	// dead lists nodes of which one count each is to be given back.
+	dead [][]node
+}
+
+// available is how many nodes can be had without more memory. The caller
+// holds mu.
+func (s *nodes) availableLocked() int {
+	return len(s.free) + len(s.counts) - int(s.unused)
+}
+
+// batchLocked is how many nodes memory should grow by: an eighth of what it has.
+func (s *nodes) batchLocked() int {
+	return min(max(len(s.counts)/8, minBatch), maxBatch)
+}
+
+// allocLocked returns a node that is counted once, and false if there is none.
+// Its content is undefined.
+func (s *nodes) allocLocked() (node, bool) {
+	var no node
+	switch {
+	case len(s.free) > 0:
+		no = s.free[len(s.free)-1]
+		s.free = s.free[:len(s.free)-1]
+	case int(s.unused) < len(s.counts):
+		no = s.unused
+		s.unused++
+	default:
+		return 0, false
+	}
+	s.counts[no] = 1
+	return no, true
+}
+
+// makeLocked returns a link to a new node of tree t, filled from the older
+// node old of the same place, and false if there is no memory. Whoever stores
+// the link stores it after all that is written here.
+func (s *nodes) makeLocked(i nodeInfo, old link) (link, bool) {
+	no, ok := s.allocLocked()
+	if !ok {
+		return 0, false
+	}
+	s.made++
+	i.encode(s.header(no))
+	l := newLink(no, i.level, i.epoch)
+	switch {
+	case old == 0:
+		clear(s.data(no))
+	case i.level == 0:
+		s.copyLeaf(l, old)
+	default:
+		copy(s.data(no), s.data(old.node()))
+		s.eachChild(l, func(c node) { s.counts[c]++ })
+	}
+	return l, true
+}
+
+// copyLeaf fills the leaf l with what the leaf old stands for, counted from
+// l's base.
+func (s *nodes) copyLeaf(l, old link) {
+	shift := s.nodeBase(l) - s.nodeBase(old)
+	if shift == 0 {
+		copy(s.data(l.node()), s.data(old.node()))
+		return
+	}
+	for i := int64(0); i < nodeData; i += 8 {
+		s.word(l.data() + i).Store(lower(s.load(old.data()+i), shift))
+	}
+}
+
+// nodeBase and nodeNumber are fields of the header of the node that l names.
+func (s *nodes) nodeBase(l link) uint64   { return s.load(l.node().offset() + nodeBase) }
+func (s *nodes) nodeNumber(l link) uint64 { return s.load(l.node().offset() + nodeNumber) }
+
+// eachChild calls f for each node that the index l links to.
+func (s *nodes) eachChild(l link, f func(node)) {
+	for i := int64(0); i < nodeData; i += 8 {
+		if c := s.link(l.data() + i); c != 0 {
+			f(c.node())
+		}
+	}
+}
+
+// uncountLocked gives one count of a node back.
+func (s *nodes) uncountLocked(no node) {
+	s.counts[no]--
+	if s.counts[no] > 0 {
+		return
+	}
+	s.free = append(s.free, no)
+	level := int(s.load(no.offset() + nodeLevel))
+	if level == 0 {
+		return
+	}
+	var below []node
+	s.eachChild(newLink(no, level, 0), func(c node) { below = append(below, c) })
+	if below != nil {
+		s.dead = append(s.dead, below)
+	}
+}
+
+// reap gives back all counts that no reader holds up any more.
+func (s *nodes) reap() {
+	s.turn()
+	for s.reapSome() {
+	}
+}
+
+func (s *nodes) reapSome() (more bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for range reapBatch {
+		if len(s.dead) == 0 {
+			return false
+		}
+		last := len(s.dead) - 1
+		list := s.dead[last]
+		no := list[len(list)-1]
+		if s.dead[last] = list[:len(list)-1]; len(list) == 1 {
+			s.dead = s.dead[:last]
+		}
+		s.uncountLocked(no)
+	}
+	return true
+}
+
+// fill sees to it that at least want nodes are available, and returns the
+// error of growing memory if they are not.
+func (s *nodes) fill(want int) error {
+	s.growing.Lock()
+	defer s.growing.Unlock()
+	s.reap()
+
+	s.mu.Lock()
+	n := want - s.availableLocked()
+	batch := s.batchLocked()
+	s.mu.Unlock()
+	if n <= 0 {
+		return nil
+	}
+	return s.grow(max(n, batch))
+}
+
+// grow adds n nodes. The caller holds growing.
+func (s *nodes) grow(n int) error {
+	s.mu.Lock()
+	have, closed := len(s.counts), s.closed
+	s.mu.Unlock()
+	if closed {
+		return errClosed
+	}
+	if have+n > maxNodes {
+		return fmt.Errorf("grow a changed-block map beyond %d nodes: %w", maxNodes, unix.ENOSPC)
+	}
+	if need := node(have+n).offset() - s.mem.Len(); need > 0 {
+		if err := s.mem.Grow(need); err != nil {
+			return err
+		}
+	}
+	total := min(s.mem.Len()/nodeSize, maxNodes)
+
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.counts = append(s.counts, make([]uint32, int(total)-have)...)
+	return nil
+}
+
+// fillSoon gets more memory in the background if less than half a batch is
+// left.
+func (s *nodes) fillSoonLocked() {
+	if s.closed || s.availableLocked() >= s.batchLocked()/2 || !s.filling.CompareAndSwap(false, true) {
+		return
+	}
+	want := s.batchLocked()
+	s.fillers.Go(func() {
+		defer s.filling.Store(false)
+		// Who needs the memory asks again, and gets the error.
+		_ = s.fill(want)
+	})
+}
