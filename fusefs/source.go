@@ -10,14 +10,17 @@ import (
 )
 
 // Source is what the tree is a view of. Its methods are called from many
-// goroutines at once, and its content changes while the tree is mounted: the
-// Source's owner says so by Tree.DeviceAdded and its like.
+// goroutines at once, and its content changes while the tree is mounted. What
+// comes is found at the next lookup; of what goes the Source's owner tells the
+// tree by Tree.DeviceRemoved and Tree.SnapshotDestroyed.
 type Source interface {
 	// Version is the first line of /version, without newline.
 	Version() string
 
 	// Devices and Snapshots are sorted by name. Device and Snapshot return
-	// false for an unknown name.
+	// false for an unknown name. For the same device or snapshot they return
+	// equal values each time (as == compares them), for another one of the
+	// same name a different value: by that the tree knows them apart.
 	Devices() []string
 	Device(name string) (Device, bool)
 	Snapshots() []string
@@ -27,7 +30,7 @@ type Source interface {
 	Latest() string
 
 	// Take takes a snapshot of every device (mkdir), Destroy destroys one
-	// (rmdir). Errors are matched against package syscall's: EEXIST, EINVAL,
+	// (rmdir). Snapshot finds it, or no longer, when they return. Errors are matched against package syscall's: EEXIST, EINVAL,
 	// ENOSPC, ETIMEDOUT, EBUSY, ENOENT; anything else is EIO.
 	Take(name string) error
 	Destroy(name string) error
@@ -72,7 +75,8 @@ type Image interface {
 	Size() int64
 	State() string
 
-	// Allocated is how many bytes of the image are not a hole. NextData and
+	// Allocated is how many bytes of the image are not a hole. It is asked at
+	// a stat, not at a lookup, and may take its time. NextData and
 	// NextHole return the first offset at or after off that is data, or a
 	// hole; the end of the image counts as a hole. NextData fails with ENXIO
 	// where no data follows. What is a hole is fixed when first asked and
@@ -83,7 +87,7 @@ type Image interface {
 
 	// Acquire says that a file of the image is open, Release that it was
 	// closed; in between the snapshot counts as in use. Acquire fails once
-	// the snapshot is destroyed or broken.
+	// the snapshot is destroyed or broken. Release does not wait.
 	Acquire() error
 	Release()
 

@@ -1,0 +1,130 @@
+// Preparing the directory on which the tree is mounted.
+
+package fusefs
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"syscall"
+	"time"
+)
+
+// answerTime is how long a mount that is in our way may take to show that it is
+// alive.
+const answerTime = 2 * time.Second
+
+// prepare makes dir ready to be mounted on and returns its absolute path
+// without symbolic links.
+func prepare(ctx context.Context, dir string, create bool) (string, error) {
+	path, err := resolve(dir)
+	if err != nil {
+		return "", fmt.Errorf("mount point %s: %w", dir, err)
+	}
+	if err := clearStale(ctx, path); err != nil {
+		return "", err
+	}
+	if create {
+		if err := os.MkdirAll(path, 0o755); err != nil {
+			return "", fmt.Errorf("make mount point: %w", err)
+		}
+	}
+	return path, checkEmpty(path)
+}
+
+// resolve returns dir as an absolute path without symbolic links. A last part
+// that does not exist, or on which a dead mount lies, is left as it is.
+func resolve(dir string) (string, error) {
+	path, err := filepath.Abs(dir)
+	if err != nil {
+		return "", err
+	}
+	real, err := filepath.EvalSymlinks(path)
+	switch {
+	case err == nil:
+		return real, nil
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ENOTCONN):
+		parent, err := filepath.EvalSymlinks(filepath.Dir(path))
+		if errors.Is(err, fs.ErrNotExist) {
+			return path, nil // to be created, or refused
+		}
+		return filepath.Join(parent, filepath.Base(path)), err
+	}
+	return "", err
+}
+
+// checkEmpty fails unless path is an empty directory.
+func checkEmpty(path string) error {
+	fi, err := os.Stat(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return fmt.Errorf("mount point %s does not exist: %w", path, fs.ErrNotExist)
+	case err != nil:
+		return fmt.Errorf("mount point: %w", err)
+	case !fi.IsDir():
+		return fmt.Errorf("mount point %s: %w", path, syscall.ENOTDIR)
+	}
+	d, err := os.Open(path)
+	if err != nil {
+		return fmt.Errorf("mount point: %w", err)
+	}
+	defer d.Close()
+	switch _, err = d.Readdirnames(1); {
+	case err == nil:
+		return fmt.Errorf("mount point %s: %w", path, syscall.ENOTEMPTY)
+	case err != io.EOF:
+		return fmt.Errorf("mount point %s: %w", path, err)
+	}
+	return nil
+}
+
+// clearStale detaches the trees on path that nobody serves any more. A tree that
+// is alive is an error (EBUSY), and so is a dead mount of another kind: it is
+// not ours to clear.
+func clearStale(ctx context.Context, path string) error {
+	for {
+		m, ok, err := mountAt(path)
+		if err != nil || !ok {
+			return err
+		}
+		alive, err := answers(ctx, path)
+		switch {
+		case err != nil:
+			return fmt.Errorf("mount point %s: %w", path, err)
+		case alive && m.fsType == fsType:
+			return fmt.Errorf("mount point %s: another blksnap is mounted there: %w", path, syscall.EBUSY)
+		case alive:
+			return nil
+		case m.fsType != fsType:
+			return fmt.Errorf("mount point %s: a dead mount of type %s is in the way: %w", path, m.fsType, syscall.EBUSY)
+		}
+		if err := unmount(ctx, path, detach); err != nil {
+			return fmt.Errorf("clear the stale mount on %s: %w", path, err)
+		}
+	}
+}
+
+// answers says whether what is mounted on path is served. One that does not say
+// within answerTime is taken to be alive.
+func answers(ctx context.Context, path string) (bool, error) {
+	ctx, cancel := context.WithTimeout(ctx, answerTime)
+	defer cancel()
+	answer := make(chan error, 1)
+	go func() {
+		_, err := os.Stat(path)
+		answer <- err
+	}()
+	select {
+	case err := <-answer:
+		if errors.Is(err, syscall.ENOTCONN) {
+			return false, nil
+		}
+		return true, err
+	case <-ctx.Done():
+		return true, nil
+	}
+}
