@@ -21,17 +21,22 @@ type Pool struct {
 	// byNo finds a part without a lock. An entry is set once, under mu.
 	byNo [256]atomic.Pointer[ledger]
 
-	keepers sync.WaitGroup
-	done    chan struct{} // closed by Close
+	done      chan struct{}  // closed by Close
+	running   sync.WaitGroup // keepers and watch
+	watchKick chan struct{}  // wakes watch
 
 	// mu protects what follows and the ledgers. It is never held across
 	// I/O, nor while a function of somebody else is called.
 	mu      sync.Mutex
 	ledgers []*ledger // in order of preference
+	size    int64     // blocks that fit in all of them
 	reserve int64     // blocks that only AllocReserve may use
 	freed   uint64
 	wake    chan struct{} // closed when freed changes; nil if nobody waits
 	misuse  error         // the first breach of a method's contract
+	low     bool          // free space is under the mark, and that was said
+	onLow   func(LowSpace)
+	samples []sample // the latest last; never empty
 	closed  bool
 }
 
@@ -42,7 +47,12 @@ const idleAfter = time.Second
 // NewPool makes a pool of parts, which it closes when it is closed. They are
 // numbered from 1 on. More than 255 of them are a mistake that panics.
 func NewPool(parts ...Part) *Pool {
-	p := &Pool{done: make(chan struct{})}
+	p := &Pool{
+		done:      make(chan struct{}),
+		watchKick: make(chan struct{}, 1),
+		samples:   []sample{{at: time.Now()}},
+	}
+	p.running.Go(p.watch)
 	for _, part := range parts {
 		if err := p.Add(part); err != nil {
 			panic("store: NewPool: " + err.Error())
@@ -76,13 +86,10 @@ func (p *Pool) AddAs(no uint8, part Part) error {
 	l := newLedger(no, part)
 	p.ledgers = append(p.ledgers, l)
 	p.byNo[no].Store(l)
-	size := int64(0)
-	for _, l := range p.ledgers {
-		size += l.limit
-	}
-	p.reserve = reserveOf(size)
+	p.size += l.limit
+	p.reserve = reserveOf(p.size)
 	p.noteFreed()
-	p.keepers.Go(func() { p.keep(l) })
+	p.running.Go(func() { p.keep(l) })
 	return nil
 }
 
@@ -116,6 +123,7 @@ func (p *Pool) alloc(dst []Slot, masks []uint16, reserve bool) (int, error) {
 	room := p.room(reserve)
 	for _, l := range p.ledgers {
 		if n := l.alloc(dst, masks, min(room, l.room())); n > 0 {
+			p.noteSpace()
 			return n, nil
 		}
 	}
@@ -138,13 +146,22 @@ func (p *Pool) room(reserve bool) int64 {
 // they are. ErrFull says that they must be written to another slot: there is
 // no room in this part, or the blocks were shrunk away a moment ago.
 func (p *Pool) Extend(s Slot, mask uint16) error {
+	return p.extend(s, mask, false)
+}
+
+// ExtendReserve is to Extend what AllocReserve is to Alloc.
+func (p *Pool) ExtendReserve(s Slot, mask uint16) error {
+	return p.extend(s, mask, true)
+}
+
+func (p *Pool) extend(s Slot, mask uint16, reserve bool) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	l := p.inUse(s, "extend")
 	if l == nil {
 		return errNotInUse
 	}
-	return l.extend(s.index(), mask, min(p.room(false), l.room()))
+	return l.extend(s.index(), mask, min(p.room(reserve), l.room()))
 }
 
 // Free takes a slot out of use; mask is its blocks in use. The caller
@@ -258,6 +275,7 @@ func (p *Pool) noteFault(l *ledger, err error, n int64) {
 	} else {
 		l.fail(err)
 	}
+	p.noteSpace()
 }
 
 // MayHang says whether reading or writing s can hang.
@@ -275,6 +293,7 @@ func (p *Pool) Freed() uint64 {
 
 // noteFreed lets those go on who wait for space. The caller holds mu.
 func (p *Pool) noteFreed() {
+	p.noteSpace()
 	p.freed++
 	if p.wake != nil {
 		close(p.wake)
@@ -295,7 +314,7 @@ func (p *Pool) Close() error {
 	p.noteFreed()
 	p.mu.Unlock()
 
-	p.keepers.Wait()
+	p.running.Wait()
 	var errs []error
 	for _, l := range p.ledgers {
 		if err := l.part.Close(); err != nil {
