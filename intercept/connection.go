@@ -1,0 +1,127 @@
+// A connection from its acceptance to its end.
+
+package intercept
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"sync"
+	"time"
+)
+
+// connection is an open connection in either phase.
+type connection struct {
+	server *Server
+	conn   net.Conn // the socket, also where TLS runs over it
+	client string
+	done   chan struct{} // closed when the connection has ended
+
+	// Set when the session begins; protected by server.mu.
+	export string
+	lease  *lease
+}
+
+// start serves conn on a goroutine of its own, or closes it if there are too
+// many.
+func (s *Server) start(conn net.Conn, mustTLS bool) {
+	c := &connection{server: s, conn: conn, client: describePeer(conn), done: make(chan struct{})}
+	s.mu.Lock()
+	stopping, n := s.stopping.Load(), len(s.conns)
+	if !stopping && n < s.MaxConns {
+		s.conns[c] = struct{}{}
+		go c.serve(mustTLS)
+		conn = nil
+	}
+	s.mu.Unlock()
+	if conn != nil {
+		conn.Close()
+		s.Log.Warn("connection refused", "client", c.client, "open", n, "stopping", stopping)
+	}
+}
+
+// serve runs both phases.
+func (c *connection) serve(mustTLS bool) {
+	s := c.server
+	defer func() {
+		c.conn.Close()
+		s.mu.Lock()
+		delete(s.conns, c)
+		s.mu.Unlock()
+		close(c.done)
+	}()
+
+	ctx, cancel := context.WithTimeout(s.ctx, s.HandshakeTimeout)
+	defer cancel()
+	deadline, _ := ctx.Deadline()
+	c.conn.SetDeadline(deadline)
+	h := &handshake{server: s, conn: c.conn, out: bufio.NewWriter(c.conn), client: c.client, mustTLS: mustTLS}
+	if err := h.run(ctx); err != nil {
+		level := slog.LevelInfo
+		if errors.Is(err, errAborted) || errors.Is(err, io.EOF) {
+			level = slog.LevelDebug // as clients do that only ask
+		}
+		s.Log.Log(ctx, level, "handshake ended", "client", h.client, "err", err)
+		return
+	}
+	c.conn.SetDeadline(time.Time{})
+	c.transmit(h)
+}
+
+// transmit runs the transmission phase of what h has negotiated.
+func (c *connection) transmit(h *handshake) {
+	s, e := c.server, h.export
+	l := &lease{release: e.Release}
+	defer l.close()
+	if !c.register(e.Name, h.epoch, l) {
+		return
+	}
+	log := s.Log.With("device", e.Name, "client", h.client)
+	log.Info("connected", "tls", h.tls, "style", h.style)
+
+	var watcher sync.WaitGroup
+	ended := make(chan struct{})
+	watcher.Go(func() {
+		select {
+		case <-e.Gone:
+			l.close()
+		case <-ended:
+		}
+	})
+	err := newSession(s, h, l, log).run(s.ctx)
+	close(ended)
+	watcher.Wait()
+
+	// Over TLS this says good-bye, so that the client knows that nothing was
+	// cut off.
+	h.conn.Close()
+	if err != nil && !errors.Is(err, io.EOF) {
+		log.Info("disconnected", "err", err)
+		return
+	}
+	log.Info("disconnected")
+}
+
+// register makes the connection known as a client of export. It returns false
+// if Disconnect was called since epoch: the export may be one that was to have
+// no client.
+func (c *connection) register(export string, epoch uint64, l *lease) bool {
+	s := c.server
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.epoch != epoch {
+		return false
+	}
+	c.export, c.lease = export, l
+	return true
+}
+
+// currentEpoch is what register wants to know of the time before Open.
+func (s *Server) currentEpoch() uint64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.epoch
+}

@@ -1,0 +1,153 @@
+// What a worker does: one request, or one piece of a large one.
+
+package intercept
+
+import (
+	"sync"
+	"sync/atomic"
+)
+
+// job is a request, or a piece of it, on its way through the Device.
+type job struct {
+	s      *session
+	q      request
+	off, n int64   // bytes: this piece's
+	buf    *buffer // payload, or room for the data; may be nil
+	whole  *whole  // the request that it is a piece of; nil: all of it
+}
+
+// whole is a request that was split into pieces.
+type whole struct {
+	left atomic.Int32 // pieces not ended, and one while the reader makes more
+
+	mu  sync.Mutex // protects err and off, the first error and where it was
+	err error
+	off int64
+}
+
+func (w *whole) fail(err error, off int64) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.err == nil {
+		w.err, w.off = err, off
+	}
+}
+
+var jobs = sync.Pool{New: func() any { return new(job) }}
+
+// newJob returns a job for all of q.
+func newJob(s *session, q *request) *job {
+	j := jobs.Get().(*job)
+	*j = job{s: s, q: *q, off: int64(q.off), n: int64(q.n)}
+	return j
+}
+
+// run serves j. It is called by workers.
+func (j *job) run() {
+	if j.q.typ == NBD_CMD_READ && j.n > j.buf.size {
+		j.stream()
+		return
+	}
+	j.end(j.serve(), worker)
+}
+
+// serve calls the Device and waits for it.
+func (j *job) serve() error {
+	dev, fua := j.s.dev, j.q.flags&NBD_CMD_FLAG_FUA != 0
+	switch j.q.typ {
+	case NBD_CMD_READ:
+		return dev.Read(j.buf.data(j.n), j.off)
+	case NBD_CMD_WRITE:
+		return dev.Write(j.buf.data(j.n), j.off, fua)
+	case NBD_CMD_FLUSH:
+		return dev.Flush()
+	case NBD_CMD_TRIM:
+		return dev.Trim(j.off, j.n, fua)
+	case NBD_CMD_CACHE:
+		return dev.Cache(j.off, j.n)
+	case NBD_CMD_BLOCK_STATUS:
+		return j.status()
+	}
+	return dev.WriteZeroes(j.off, j.n, ZeroFlags{
+		FUA:    fua,
+		NoHole: j.q.flags&NBD_CMD_FLAG_NO_HOLE != 0,
+		Fast:   j.q.flags&NBD_CMD_FLAG_FAST_ZERO != 0,
+	})
+}
+
+// caller says whose goroutine it is: the reader's answers go into its batch, so
+// that a client which reads none cannot make it collect more than that.
+type caller bool
+
+const (
+	reader caller = true
+	worker caller = false
+)
+
+// end replies to a request that came back from the Device with err; j must not
+// be used any more.
+func (j *job) end(err error, who caller) {
+	s, buf, done := j.s, j.buf, NBD_REPLY_FLAG_DONE
+	if j.whole != nil {
+		done = 0
+		if err != nil {
+			j.whole.fail(err, j.off)
+		}
+	} else {
+		s.lease.leave()
+	}
+	sent := false
+	if buf != nil {
+		if sent = err == nil && j.fillReply(done); sent {
+			s.sender.send(buf)
+		} else {
+			buf.free()
+		}
+	}
+	switch {
+	case j.whole != nil:
+		s.endPiece(&j.q, j.whole, who)
+	case !sent:
+		s.reply(&j.q, err, j.off, who)
+	case s.trace:
+		s.logRequest(&j.q, nil)
+	}
+	*j = job{}
+	jobs.Put(j)
+}
+
+// fillReply makes the data in the buffer a reply, and returns false where the
+// request has no data to reply with.
+func (j *job) fillReply(done uint16) bool {
+	switch j.q.typ {
+	case NBD_CMD_READ:
+		j.fillData(done)
+	case NBD_CMD_BLOCK_STATUS:
+	default:
+		return false
+	}
+	return true
+}
+
+// endPiece says that a piece of q, or the making of pieces, has ended. The last
+// to end answers: after all the data, so that the answer is the reply's end.
+func (s *session) endPiece(q *request, w *whole, who caller) {
+	if w.left.Add(-1) > 0 {
+		return
+	}
+	s.lease.leave()
+	s.reply(q, w.err, w.off, who)
+}
+
+// reply sends the answer to q.
+func (s *session) reply(q *request, err error, off int64, who caller) {
+	if who == reader {
+		s.answer(q, err, off)
+		return
+	}
+	var room [maxAnswer]byte
+	s.sender.sendSmall(appendAnswer(room[:0], s.style, q, err, off))
+	if s.trace {
+		s.logRequest(q, err)
+	}
+}

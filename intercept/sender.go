@@ -1,0 +1,145 @@
+// Replies on their way to the socket.
+//
+// Many goroutines have replies, one at a time writes: who finds nobody writing
+// becomes the writer and goes on until nothing is left, for itself and for all
+// who came meanwhile. So nobody waits for the socket but the writer, and what
+// comes together is written together, by one system call.
+
+package intercept
+
+import (
+	"net"
+	"sync"
+)
+
+// sender owns the writing side of a connection. Its methods may be called from
+// any goroutine.
+type sender struct {
+	conn net.Conn
+
+	// mu protects the fields below. Never held across I/O.
+	mu    sync.Mutex
+	idle  sync.Cond // busy became false
+	busy  bool      // somebody writes
+	err   error     // of the write that failed; nothing is written after it
+	queue []*buffer // to be sent, in this order
+	small []byte    // replies without data, sent after the queue
+
+	// The writer's: what it is sending, and room for the next turn.
+	sentQueue []*buffer
+	sentSmall []byte
+	parts     [][]byte
+	vec       net.Buffers
+}
+
+func newSender(conn net.Conn) *sender {
+	w := &sender{conn: conn}
+	w.idle.L = &w.mu
+	return w
+}
+
+// send writes what the buffers hold, in order, and frees them, now or as soon
+// as the present writer gets to it. It waits only if it becomes the writer.
+func (w *sender) send(bufs ...*buffer) {
+	w.mu.Lock()
+	w.queue = append(w.queue, bufs...)
+	w.writeLocked()
+}
+
+// sendSmall is send for a copy of p, a few bytes. It goes out after what was
+// sent before it, not before what is sent later: a reply in several chunks
+// ends with it.
+func (w *sender) sendSmall(p []byte) {
+	w.mu.Lock()
+	w.small = append(w.small, p...)
+	w.writeLocked()
+}
+
+// writeLocked makes the caller the writer if there is none, and unlocks.
+func (w *sender) writeLocked() {
+	if w.busy {
+		w.mu.Unlock()
+		return
+	}
+	w.busy = true
+	w.drainLocked()
+	w.mu.Unlock()
+}
+
+// drainLocked writes until nothing is left; the caller has set busy.
+func (w *sender) drainLocked() {
+	for len(w.queue) > 0 || len(w.small) > 0 {
+		queue, small, err := w.queue, w.small, w.err
+		w.queue, w.small = w.sentQueue[:0], w.sentSmall[:0]
+		w.mu.Unlock()
+
+		if err == nil {
+			err = w.write(queue, small)
+		}
+		for _, b := range queue {
+			b.free()
+		}
+		clear(queue)
+
+		w.mu.Lock()
+		w.sentQueue, w.sentSmall, w.err = queue, small, err
+	}
+	w.busy = false
+	w.idle.Signal()
+}
+
+// write sends the parts of all the buffers and then small. If it fails it
+// closes the connection, so that the reader notices.
+func (w *sender) write(queue []*buffer, small []byte) error {
+	parts := w.parts[:0]
+	for _, b := range queue {
+		parts = append(parts, b.parts...)
+	}
+	if len(small) > 0 {
+		parts = append(parts, small)
+	}
+	w.parts = parts
+
+	var err error
+	if len(parts) == 1 {
+		_, err = w.conn.Write(parts[0])
+	} else {
+		w.vec = parts // WriteTo moves the slice that it is given
+		_, err = w.vec.WriteTo(w.conn)
+	}
+	clear(parts)
+	if err != nil {
+		w.conn.Close()
+	}
+	return err
+}
+
+// exclusive waits until nobody writes and lets only the caller write, with
+// writeNow, until it calls done.
+func (w *sender) exclusive() {
+	w.mu.Lock()
+	for w.busy {
+		w.idle.Wait()
+	}
+	w.busy = true
+	w.mu.Unlock()
+}
+
+// writeNow writes p; the caller has called exclusive.
+func (w *sender) writeNow(p []byte) error {
+	w.mu.Lock()
+	err := w.err
+	w.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	_, err = w.conn.Write(p)
+	return err
+}
+
+// done ends what exclusive began, and writes what others left meanwhile.
+func (w *sender) done() {
+	w.mu.Lock()
+	w.drainLocked()
+	w.mu.Unlock()
+}
