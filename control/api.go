@@ -1,0 +1,117 @@
+// The control API: what goes over the control socket, as HTTP and JSON. Keys
+// are the names that the tree uses, sizes are in bytes.
+//
+//	GET    /version
+//	GET    /devices                       []DeviceInfo
+//	POST   /devices                       DeviceRequest -> DeviceInfo
+//	GET    /devices/NAME                  DeviceInfo
+//	DELETE /devices/NAME
+//	GET    /devices/NAME/cbt              ChangesInfo
+//	GET    /devices/NAME/cbt/extents      Extent, one a line; since, at, generation
+//	POST   /devices/NAME/cbt/mark         MarkRequest
+//	POST   /devices/NAME/cbt/reset
+//	GET    /snapshots                     []SnapshotInfo, oldest first
+//	POST   /snapshots                     SnapshotRequest -> SnapshotInfo
+//	GET    /snapshots/NAME                SnapshotInfo
+//	DELETE /snapshots                     name (repeated), force
+//	GET    /store                         []PartInfo
+//	GET    /events                        Event, one a line; follow
+//
+// A refused or failed request is answered with an Error. A stream that fails
+// after it has begun ends with a line {"error": ...}.
+
+package control
+
+import "time"
+
+// VersionInfo says who answers.
+type VersionInfo struct {
+	Version  string `json:"version"`
+	PID      int    `json:"pid"`
+	Stopping bool   `json:"stopping"` // no request that changes anything is taken any more
+}
+
+// DeviceInfo describes a device as it is now.
+type DeviceInfo struct {
+	Name      string      `json:"name"`
+	Origin    string      `json:"origin"`
+	Size      int64       `json:"size"`
+	URI       string      `json:"uri"`
+	State     string      `json:"state"`
+	Clients   int         `json:"clients"`   // NBD connections to the live export
+	Snapshots []string    `json:"snapshots"` // oldest first
+	CBT       ChangesInfo `json:"cbt"`
+}
+
+// ChangesInfo describes the change tracking of a device, or of an image, for
+// which it is frozen.
+type ChangesInfo struct {
+	BlockSize  int64  `json:"block_size"`
+	Generation string `json:"generation"`
+	Number     uint64 `json:"number"`
+	Base       uint64 `json:"base"`
+}
+
+// SnapshotInfo describes a snapshot as it is now.
+type SnapshotInfo struct {
+	Name    string        `json:"name"`
+	Created time.Time     `json:"created"`
+	State   string        `json:"state"`
+	HeldUp  time.Duration `json:"held_up_ns"` // how long writes waited while it was taken
+	Images  []ImageInfo   `json:"images"`     // by device
+}
+
+// ImageInfo describes one device's content in a snapshot.
+type ImageInfo struct {
+	Device string      `json:"device"`
+	Size   int64       `json:"size"`
+	URI    string      `json:"uri"`
+	State  string      `json:"state"`
+	Holds  int64       `json:"holds"` // bytes in the snapstore that nobody else needs
+	CBT    ChangesInfo `json:"cbt"`
+}
+
+// Extent is a run of bytes that a copy has to deal with: read it (data), or
+// only zero it (zero).
+type Extent struct {
+	Offset int64  `json:"offset"`
+	Length int64  `json:"length"`
+	Kind   string `json:"kind"`
+}
+
+// PartInfo describes a part of the snapstore. Bytes count blocks in use, not
+// slots.
+type PartInfo struct {
+	Part  string `json:"part"` // as --store names it, without limit
+	Size  int64  `json:"size"`
+	Used  int64  `json:"used"`
+	Free  int64  `json:"free"`
+	State string `json:"state"`
+}
+
+// DeviceRequest asks for an origin to be put under tracking. Origin is
+// absolute: the daemon's working directory is not its client's.
+type DeviceRequest struct {
+	Name   string `json:"name"`
+	Origin string `json:"origin"`
+	DeviceConfig
+}
+
+// SnapshotRequest asks for a snapshot: without a name it is called by its
+// time, without devices it is of all of them.
+type SnapshotRequest struct {
+	Name    string   `json:"name,omitempty"`
+	Devices []string `json:"devices,omitempty"`
+}
+
+// MarkRequest asks for ranges, each "OFFSET:LENGTH", to count as changed.
+type MarkRequest struct {
+	Ranges []Range `json:"ranges"`
+}
+
+// ExtentsQuery asks what a copy of a device has to read.
+type ExtentsQuery struct {
+	Since      string // number of the last snapshot that was copied, or "all"
+	At         string // snapshot to copy; empty: the live device
+	Generation string // what generation the caller knows; empty: any
+}

@@ -1,0 +1,186 @@
+// What serve is told: by flags, by a file in YAML with the same names, or by
+// the options of a line in fstab, which become flags.
+
+package control
+
+import (
+	"bytes"
+	"cmp"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"reflect"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"go.yaml.in/yaml/v3"
+
+	"blksnap/store"
+)
+
+// configFile is read where it exists and no other is named.
+const configFile = "/etc/blksnap.yaml"
+
+// Config is what serve is told, as it was given: nothing is filled in yet. The
+// tags are the flags of the command line and the keys of the file.
+type Config struct {
+	Origin List `arg:"" optional:"" sep:"none" name:"origin" placeholder:"[NAME=]ORIGIN" yaml:"origin" help:"Raw image file or block device to protect, under its name (default: its base name without extension)."`
+
+	Mount   string `placeholder:"DIR" yaml:"mount" help:"Where the tree is mounted, or none (/run/blksnap; unprivileged $XDG_RUNTIME_DIR/blksnap)."`
+	Run     string `placeholder:"DIR" yaml:"run" help:"Sockets and what lives until reboot (/run/blksnapd; unprivileged $XDG_RUNTIME_DIR/blksnapd)."`
+	Listen  List   `placeholder:"URI" sep:"none" yaml:"listen" help:"Serve NBD there: unix://PATH or tcp://HOST:PORT on loopback; repeatable (unix://RUN/nbd.sock)."`
+	Control string `placeholder:"PATH" yaml:"control" help:"The control socket (RUN/control.sock)."`
+	Store   List   `placeholder:"SPEC" sep:"none" yaml:"store" help:"Part of the snapstore: mem[:LIMIT], file:PATH[:LIMIT] or dev:PATH; repeatable, in order of preference (file:STATE/snapstore)."`
+	State   string `placeholder:"DIR" yaml:"state" help:"What outlives a reboot (/var/lib/blksnap; unprivileged $XDG_STATE_HOME/blksnap)."`
+	File    string `placeholder:"FILE" name:"config" yaml:"-" help:"The same settings in YAML (/etc/blksnap.yaml where it exists); flags win."`
+
+	AllowOther bool `yaml:"allow-other" help:"Show the tree to other users too."`
+	Force      bool `yaml:"force" help:"Take a store's file or device although it holds something else."`
+
+	DeviceConfig `yaml:",inline"`
+}
+
+// DeviceConfig is what can be set for each device when it is added.
+type DeviceConfig struct {
+	TrackingBlock Size          `placeholder:"SIZE" yaml:"tracking-block" json:"tracking_block,omitempty" help:"Unit of the changed-block map, a power of two from 4KiB to 16MiB (64KiB)."`
+	StoreWait     time.Duration `placeholder:"DURATION" yaml:"store-wait" json:"store_wait,omitempty" help:"How long a write waits for space in a full snapstore before snapshots are lost (0s)."`
+}
+
+// The tracking blocks that a device can have, in bytes.
+const (
+	defaultTrackingBlock = 64 << 10
+	minTrackingBlock     = 4 << 10
+	maxTrackingBlock     = 16 << 20
+)
+
+// check fills in what was not given and refuses what no device can have
+// (EINVAL).
+func (c *DeviceConfig) check() error {
+	c.TrackingBlock = cmp.Or(c.TrackingBlock, defaultTrackingBlock)
+	if b := c.TrackingBlock; b < minTrackingBlock || b > maxTrackingBlock || b&(b-1) != 0 {
+		return refuse(syscall.EINVAL, "tracking block of %d bytes is not a power of two from 4KiB to 16MiB", b)
+	}
+	if c.StoreWait < 0 {
+		return refuse(syscall.EINVAL, "store wait of %s is less than nothing", c.StoreWait)
+	}
+	return nil
+}
+
+// Size is a number of bytes that reads 512, 64KiB, 10GiB or 1TiB.
+type Size int64
+
+// UnmarshalText reads a size from a flag or a file.
+func (s *Size) UnmarshalText(text []byte) error {
+	n, err := store.ParseSize(string(text))
+	*s = Size(n)
+	return err
+}
+
+// MarshalText writes what UnmarshalText reads.
+func (s Size) MarshalText() ([]byte, error) { return strconv.AppendInt(nil, int64(s), 10), nil }
+
+// List is a list in a file, which may be written without its brackets where it
+// has one entry.
+type List []string
+
+// UnmarshalYAML reads a list, or its only entry.
+func (l *List) UnmarshalYAML(n *yaml.Node) error {
+	if n.Kind == yaml.ScalarNode {
+		*l = List{n.Value}
+		return nil
+	}
+	return n.Decode((*[]string)(l))
+}
+
+// withFile adds what the configuration file says to what the flags left open.
+// A list that was given as flags replaces the file's.
+func (c Config) withFile() (Config, error) {
+	f, err := readConfig(cmp.Or(c.File, configFile))
+	if errors.Is(err, fs.ErrNotExist) && c.File == "" {
+		return c, nil
+	}
+	if err != nil {
+		return c, err
+	}
+	pick := func(flag, file List) List {
+		if len(flag) > 0 {
+			return flag
+		}
+		return file
+	}
+	c.Origin = pick(c.Origin, f.Origin)
+	c.Listen = pick(c.Listen, f.Listen)
+	c.Store = pick(c.Store, f.Store)
+	c.Mount = cmp.Or(c.Mount, f.Mount)
+	c.Run = cmp.Or(c.Run, f.Run)
+	c.Control = cmp.Or(c.Control, f.Control)
+	c.State = cmp.Or(c.State, f.State)
+	c.TrackingBlock = cmp.Or(c.TrackingBlock, f.TrackingBlock)
+	c.StoreWait = cmp.Or(c.StoreWait, f.StoreWait)
+	c.AllowOther = c.AllowOther || f.AllowOther
+	c.Force = c.Force || f.Force
+	return c, nil
+}
+
+// readConfig reads settings from the file at path. Its errors name the file
+// and, where there is one, the line. A key that no flag has is refused.
+func readConfig(path string) (c Config, err error) {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return c, fmt.Errorf("read configuration: %w", err)
+	}
+	var root yaml.Node
+	if err := yaml.Unmarshal(text, &root); err != nil {
+		return c, fmt.Errorf("read configuration %s: %s", path, oneLine(err))
+	}
+	if root.Kind == 0 { // nothing but comments
+		return c, nil
+	}
+	top := root.Content[0]
+	if top.Kind != yaml.MappingNode {
+		return c, fmt.Errorf("read configuration %s: it is not a list of KEY: VALUE", path)
+	}
+	for i := 0; i < len(top.Content); i += 2 {
+		if key := top.Content[i]; !slices.Contains(configKeys(reflect.TypeFor[Config]()), key.Value) {
+			return c, fmt.Errorf("read configuration %s: line %d: unknown key %q", path, key.Line, clip(key.Value))
+		}
+	}
+	// Decoded from the text again, not from root: only so are two documents
+	// in one file found.
+	d := yaml.NewDecoder(bytes.NewReader(text))
+	if err := d.Decode(&c); err != nil {
+		return c, fmt.Errorf("read configuration %s: %s", path, oneLine(err))
+	}
+	if err := d.Decode(new(yaml.Node)); !errors.Is(err, io.EOF) {
+		return c, fmt.Errorf("read configuration %s: it holds more than one document", path)
+	}
+	return c, nil
+}
+
+// configKeys are the keys that struct t reads from YAML.
+func configKeys(t reflect.Type) (keys []string) {
+	for f := range t.Fields() {
+		tag := f.Tag.Get("yaml")
+		switch {
+		case tag == ",inline":
+			keys = append(keys, configKeys(f.Type)...)
+		case tag != "-":
+			keys = append(keys, tag)
+		}
+	}
+	return keys
+}
+
+// oneLine makes one line of the YAML package's errors, which list all that was
+// wrong, and drops its name for itself.
+func oneLine(err error) string {
+	if t, ok := errors.AsType[*yaml.TypeError](err); ok {
+		return t.Errors[0]
+	}
+	return strings.TrimPrefix(err.Error(), "yaml: ")
+}

@@ -1,0 +1,172 @@
+// The daemon's core: the set of devices and snapshots. Everything that shows or
+// changes it (the control socket, the tree, the NBD exports) comes here.
+
+package control
+
+import (
+	"fmt"
+	"log/slog"
+	"slices"
+	"sync"
+	"time"
+
+	"blksnap/cow"
+	"blksnap/fusefs"
+	"blksnap/store"
+)
+
+// Daemon is the set of devices and snapshots. Its methods may be called from
+// many goroutines at once.
+type Daemon struct {
+	version string
+	log     *slog.Logger
+	events  *events
+	pool    *store.Pool
+	uri     func(export string) string // NBD URI of an export
+
+	// stopping is closed, under mu, when the daemon begins to stop: nothing is
+	// added or taken from then on. idle is closed when the last client leaves a
+	// daemon that has lost its tree.
+	stopping, idle chan struct{}
+
+	// Locks, in the order in which they are taken.
+
+	// changing serializes taking and destroying snapshots and removing devices,
+	// so that what one has checked still holds when it acts. Held across I/O,
+	// never while the tree is told of a change.
+	changing sync.Mutex
+
+	// mu protects the fields below. Never held across I/O.
+	mu        sync.Mutex
+	devices   map[string]*device
+	adding    map[string]bool // names of devices that are being opened
+	snapshots []*cow.Snapshot // oldest first
+	number    uint64          // highest snapshot number that a removed device had
+	clients   int             // NBD connections to exports of any kind
+	treeless  bool            // the tree was unmounted under us: end with the last client
+	tree      *fusefs.Tree    // nil where there is none
+}
+
+// device is a device in the set.
+type device struct {
+	*cow.Device
+	clients int // NBD connections to its live export; protected by Daemon.mu
+}
+
+func newDaemon(version string, log *slog.Logger, pool *store.Pool, uri func(string) string) *Daemon {
+	return &Daemon{
+		version: version, log: log, events: newEvents(), pool: pool, uri: uri,
+		stopping: make(chan struct{}),
+		idle:     make(chan struct{}),
+		devices:  make(map[string]*device),
+		adding:   make(map[string]bool),
+	}
+}
+
+// record logs what happened and keeps it as an event.
+func (d *Daemon) record(kind, device, snapshot, text string) {
+	e := Event{Time: time.Now(), Kind: kind, Device: device, Snapshot: snapshot, Text: text}
+	d.events.add(e)
+	attrs := []any{}
+	for _, a := range [][2]string{{"device", device}, {"snapshot", snapshot}, {"text", text}} {
+		if a[1] != "" {
+			attrs = append(attrs, a[0], a[1])
+		}
+	}
+	d.log.Info(kind, attrs...)
+}
+
+// noteEngine keeps an event of the engine, which has logged it.
+func (d *Daemon) noteEngine(e cow.Event) {
+	d.events.add(Event{Time: e.Time, Kind: e.Kind, Device: e.Device, Snapshot: e.Snapshot, Text: e.Text})
+}
+
+// noteLow says that the snapstore is running low, before snapshots are lost.
+func (d *Daemon) noteLow(l store.LowSpace) {
+	text := fmt.Sprintf("%s of %s free", people(l.Free), people(l.Size))
+	if l.Left > 0 {
+		text += fmt.Sprintf(", full in %s at the present rate", l.Left.Round(time.Second))
+	}
+	d.record("store-low", "", "", text)
+}
+
+// noteTree tells the tree, if there is one, that something is gone. What is new
+// it finds by itself.
+func (d *Daemon) noteTree(tell func(*fusefs.Tree)) {
+	d.mu.Lock()
+	tree := d.tree
+	d.mu.Unlock()
+	if tree != nil {
+		tell(tree)
+	}
+}
+
+// isStopping says whether the daemon has begun to stop.
+func (d *Daemon) isStopping() bool {
+	select {
+	case <-d.stopping:
+		return true
+	default:
+		return false
+	}
+}
+
+// stop lets nothing be added or taken from now on, and waits until what was
+// being taken or destroyed is.
+func (d *Daemon) stop() {
+	d.mu.Lock()
+	close(d.stopping)
+	d.mu.Unlock()
+	d.changing.Lock()
+	defer d.changing.Unlock()
+}
+
+// loseTree notes that the tree was unmounted under us. Without clients the
+// daemon is idle then, else when the last one leaves: a disk must not vanish
+// under a machine.
+func (d *Daemon) loseTree() {
+	d.mu.Lock()
+	d.tree, d.treeless = nil, true
+	clients := d.clients
+	if clients == 0 {
+		close(d.idle)
+	}
+	d.mu.Unlock()
+	if clients > 0 {
+		d.record("tree-unmounted", "", "", plural(clients, "NBD connection")+" open: stopping when the last one ends")
+		return
+	}
+	d.record("tree-unmounted", "", "", "stopping")
+}
+
+// countClient counts an NBD connection to an export, of dev if it is a live one.
+// The caller holds mu.
+func (d *Daemon) countClientLocked(dev *device) {
+	d.clients++
+	if dev != nil {
+		dev.clients++
+	}
+}
+
+// dropClient takes countClientLocked back.
+func (d *Daemon) dropClient(dev *device) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.clients--
+	if dev != nil {
+		dev.clients--
+	}
+	if d.clients == 0 && d.treeless && !d.isStopping() {
+		d.treeless = false // once is enough
+		close(d.idle)
+	}
+}
+
+// snapshotLocked returns the snapshot called name. The caller holds mu.
+func (d *Daemon) snapshotLocked(name string) (*cow.Snapshot, bool) {
+	i := slices.IndexFunc(d.snapshots, func(s *cow.Snapshot) bool { return s.Name() == name })
+	if i < 0 {
+		return nil, false
+	}
+	return d.snapshots[i], true
+}

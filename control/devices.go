@@ -1,0 +1,210 @@
+// Devices: adding and removing them while others work.
+
+package control
+
+import (
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"blksnap/cow"
+	"blksnap/fusefs"
+)
+
+// addDevice puts an origin under tracking, under a new generation of the change
+// map: what was written while nobody watched is not known.
+func (d *Daemon) addDevice(q DeviceRequest) (DeviceInfo, error) {
+	if err := checkName("device", q.Name); err != nil {
+		return DeviceInfo{}, err
+	}
+	if err := q.check(); err != nil {
+		return DeviceInfo{}, err
+	}
+	if !filepath.IsAbs(q.Origin) {
+		return DeviceInfo{}, refuse(syscall.EINVAL, "origin %q of device %s is not an absolute path", clip(q.Origin), q.Name)
+	}
+	if err := d.reserve(q.Name); err != nil {
+		return DeviceInfo{}, err
+	}
+	dev, err := d.openDevice(q)
+	d.mu.Lock()
+	delete(d.adding, q.Name)
+	if err == nil && d.isStopping() {
+		err = errStopping()
+	}
+	if err == nil {
+		d.devices[q.Name] = &device{Device: dev}
+	}
+	d.mu.Unlock()
+	if err != nil {
+		if dev != nil {
+			dev.Close()
+		}
+		return DeviceInfo{}, fmt.Errorf("add device %s: %w", q.Name, err)
+	}
+	d.record("device-added", q.Name, "", q.Origin)
+	d.record("generation", q.Name, "", "new generation "+dev.Changes().Generation()+": what changed before it is not known, a full copy is due")
+	return d.deviceInfo(q.Name)
+}
+
+// reserve keeps name for a device that is being opened, which may take long.
+func (d *Daemon) reserve(name string) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.isStopping() {
+		return errStopping()
+	}
+	if d.devices[name] != nil || d.adding[name] {
+		return refuse(syscall.EEXIST, "device %s exists already", name)
+	}
+	d.adding[name] = true
+	return nil
+}
+
+func (d *Daemon) openDevice(q DeviceRequest) (*cow.Device, error) {
+	if err := d.checkOriginFree(q.Origin); err != nil {
+		return nil, err
+	}
+	o, err := cow.OpenOrigin(q.Origin)
+	if err != nil {
+		return nil, err
+	}
+	return cow.Open(o, d.pool, cow.Config{
+		Name:          q.Name,
+		TrackingBlock: int64(q.TrackingBlock),
+		Number:        d.firstNumber(),
+		StoreWait:     q.StoreWait,
+		Log:           d.log,
+		Notify:        d.noteEngine,
+	})
+}
+
+// checkOriginFree refuses an origin that we use ourselves, in words that tell
+// more than its lock does.
+func (d *Daemon) checkOriginFree(origin string) error {
+	for _, p := range d.pool.Parts() {
+		if sameStorage(origin, p.Spec.Path) {
+			return refuse(syscall.EBUSY, "origin %s is a part of the snapstore", origin)
+		}
+	}
+	for _, dev := range d.sortedDevices() {
+		if sameStorage(origin, dev.Origin()) {
+			return refuse(syscall.EBUSY, "origin %s is device %s already", origin, dev.Name())
+		}
+	}
+	return nil
+}
+
+// sameStorage says whether two paths lead to the same file or block device.
+func sameStorage(a, b string) bool {
+	x, err := os.Stat(a)
+	if err != nil {
+		return false
+	}
+	y, err := os.Stat(b)
+	if err != nil {
+		return false
+	}
+	if os.SameFile(x, y) {
+		return true
+	}
+	const block = os.ModeDevice
+	return x.Mode().Type() == block && y.Mode().Type() == block &&
+		x.Sys().(*syscall.Stat_t).Rdev == y.Sys().(*syscall.Stat_t).Rdev
+}
+
+// firstNumber is the number that a new device's snapshots count from. Nobody
+// knows the last number that an earlier process gave to a snapshot, so it is the
+// time in seconds: no number comes again unless more snapshots than one a second
+// were taken all the time. In this process not even then.
+func (d *Daemon) firstNumber() uint64 {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return max(uint64(time.Now().Unix()), d.number)
+}
+
+// removeDevice ends a device's tracking. With snapshots or clients it is
+// refused.
+func (d *Daemon) removeDevice(name string) error {
+	dev, err := d.takeOut(name)
+	if err != nil {
+		return err
+	}
+	d.noteTree(func(t *fusefs.Tree) { t.DeviceRemoved(name) })
+	if err := dev.Close(); err != nil {
+		return err
+	}
+	d.record("device-removed", name, "", dev.Origin())
+	return nil
+}
+
+// takeOut takes a device that nobody uses out of the set. It still has to be
+// closed.
+func (d *Daemon) takeOut(name string) (*device, error) {
+	d.changing.Lock()
+	defer d.changing.Unlock()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	dev := d.devices[name]
+	switch snaps := d.snapshotsOfLocked(name); {
+	case dev == nil:
+		return nil, unknownDevice(name)
+	case len(snaps) > 0:
+		return nil, refuse(syscall.EBUSY, "device %s has %s: %s", name, plural(len(snaps), "snapshot"), strings.Join(snaps, ", "))
+	case dev.clients > 0:
+		return nil, refuse(syscall.EBUSY, "device %s has %s open", name, plural(dev.clients, "NBD connection"))
+	}
+	delete(d.devices, name)
+	d.number = max(d.number, dev.Changes().Number())
+	return dev, nil
+}
+
+// snapshotsOfLocked names the snapshots that a device is in, oldest first. The
+// caller holds mu.
+func (d *Daemon) snapshotsOfLocked(device string) []string {
+	names := []string{}
+	for _, s := range d.snapshots {
+		if _, ok := s.Image(device); ok {
+			names = append(names, s.Name())
+		}
+	}
+	return names
+}
+
+// device returns the device called name.
+func (d *Daemon) device(name string) (*device, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if dev := d.devices[name]; dev != nil {
+		return dev, nil
+	}
+	return nil, unknownDevice(name)
+}
+
+// sortedDevices are all devices, by name.
+func (d *Daemon) sortedDevices() []*device {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return slices.SortedFunc(maps.Values(d.devices), func(a, b *device) int { return strings.Compare(a.Name(), b.Name()) })
+}
+
+func unknownDevice(name string) error {
+	return refuse(syscall.ENOENT, "there is no device %q", clip(name))
+}
+
+func errStopping() error {
+	return refuse(syscall.ESHUTDOWN, "the daemon is stopping")
+}
+
+// plural is n with the word for it.
+func plural(n int, word string) string {
+	if n == 1 {
+		return "1 " + word
+	}
+	return fmt.Sprintf("%d %ss", n, word)
+}

@@ -1,0 +1,180 @@
+// What a path stands on. A snapstore, the state or a log on a file system that
+// is itself on one of our exports would wait for itself: a write to the export
+// needs the store, which needs a write to the export.
+//
+// Such a path shows before anything is served, because what stands on our own
+// exports cannot be read then, whether through NBD devices of the kernel, FUSE,
+// loop devices or device mapper. So the layers below the path are followed down
+// to what somebody else serves, and that has to answer one read.
+
+package control
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// groundWait is how long what is served by somebody else has to answer.
+const groundWait = 3 * time.Second
+
+// maxGround is how many layers are followed: more than anybody stacks, and an
+// end if a file system is mounted from a file of its own.
+const maxGround = 32
+
+// checkGround refuses a path whose file system, or the block device that it is,
+// does not answer now, before we serve. What need not exist yet stands where its
+// nearest existing parent does. what names the path's use in the error.
+func checkGround(ctx context.Context, what, path string) error {
+	ctx, cancel := context.WithTimeout(ctx, groundWait)
+	defer cancel()
+	// A read that hangs cannot be called back. Its goroutine ends with the
+	// process, which does not start.
+	result := make(chan error, 1)
+	go func() { result <- probeGround(path, maxGround) }()
+	select {
+	case err := <-result:
+		if err != nil {
+			return fmt.Errorf("%s %s: %w", what, path, err)
+		}
+		return nil
+	case <-ctx.Done():
+		return refuse(syscall.EDEADLK, "%s %s: what it stands on does not answer: does it stand on one of our own exports?", what, path)
+	}
+}
+
+// probeGround follows at most depth layers below path.
+func probeGround(path string, depth int) error {
+	path, st, err := nearest(path)
+	if err != nil || depth == 0 {
+		return err
+	}
+	if st.Mode()&fs.ModeDevice != 0 {
+		return probeDevice(st.Sys().(*syscall.Stat_t).Rdev, depth)
+	}
+	m, err := mountOf(path)
+	if err != nil {
+		return err
+	}
+	switch source, err := os.Stat(m.source); {
+	case m.dev != 0 && unix.Major(m.dev) != 0:
+		return probeDevice(m.dev, depth)
+	case err == nil && source.Mode()&fs.ModeDevice != 0: // btrfs
+		return probeDevice(source.Sys().(*syscall.Stat_t).Rdev, depth)
+	case strings.HasPrefix(m.kind, "fuse") && st.Mode().IsRegular():
+		return probeRead(path)
+	}
+	return nil
+}
+
+// nearest is path, or its nearest parent that exists, without symbolic links.
+func nearest(path string) (string, fs.FileInfo, error) {
+	for {
+		real, err := filepath.EvalSymlinks(path)
+		if err == nil {
+			st, err := os.Stat(real)
+			return real, st, err
+		}
+		if !errors.Is(err, fs.ErrNotExist) || path == "/" {
+			return "", nil, err
+		}
+		path = filepath.Dir(path)
+	}
+}
+
+// probeDevice follows the block device dev down: partitions, loop devices and
+// what device mapper or md put together.
+func probeDevice(dev uint64, depth int) error {
+	dir, err := filepath.EvalSymlinks(fmt.Sprintf("/sys/dev/block/%d:%d", unix.Major(dev), unix.Minor(dev)))
+	if err != nil {
+		return fmt.Errorf("find what it stands on: %w", err)
+	}
+	if _, err := os.Stat(dir + "/partition"); err == nil {
+		dir = filepath.Dir(dir)
+	}
+	if name := filepath.Base(dir); strings.HasPrefix(name, "nbd") {
+		return probeRead("/dev/" + name)
+	}
+	if file, err := os.ReadFile(dir + "/loop/backing_file"); err == nil {
+		return probeGround(strings.TrimSuffix(string(file), "\n"), depth-1)
+	}
+	below, err := filepath.Glob(dir + "/slaves/*/dev")
+	if err != nil || depth == 0 {
+		return err
+	}
+	for _, s := range below {
+		if text, err := os.ReadFile(s); err == nil {
+			if err := probeDevice(parseDev(strings.TrimSpace(string(text))), depth-1); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// probeRead reads one block of the file or device at path past the page cache,
+// which may still know what nobody serves any more.
+func probeRead(path string) error {
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_DIRECT, 0)
+	if err != nil {
+		return fmt.Errorf("it stands on what does not answer: %w", err)
+	}
+	defer f.Close()
+	const block = 4096
+	buf := make([]byte, 2*block)
+	skip := -int(uintptr(unsafe.Pointer(&buf[0]))) & (block - 1)
+	if _, err := unix.Pread(int(f.Fd()), buf[skip:skip+block], 0); err != nil {
+		return fmt.Errorf("it stands on %s, which does not answer: %w", path, err)
+	}
+	return nil
+}
+
+// mount is a line of /proc/self/mountinfo.
+type mount struct {
+	dev    uint64
+	kind   string // type of the file system
+	source string
+}
+
+// mountOf is the mount that path, which exists, is on.
+func mountOf(path string) (mount, error) {
+	var st unix.Statx_t
+	if err := unix.Statx(unix.AT_FDCWD, path, unix.AT_STATX_DONT_SYNC, unix.STATX_MNT_ID, &st); err != nil {
+		return mount{}, fmt.Errorf("find mount of %s: %w", path, err)
+	}
+	f, err := os.Open("/proc/self/mountinfo")
+	if err != nil {
+		return mount{}, err
+	}
+	defer f.Close()
+	lines := bufio.NewScanner(f)
+	for lines.Scan() {
+		// ID PARENT MAJOR:MINOR ROOT POINT OPTIONS [TAGS...] - TYPE SOURCE ...
+		before, after, _ := strings.Cut(lines.Text(), " - ")
+		head, tail := strings.Fields(before), strings.Fields(after)
+		if len(head) > 2 && len(tail) > 1 && head[0] == strconv.FormatUint(st.Mnt_id, 10) {
+			return mount{parseDev(head[2]), tail[0], tail[1]}, nil
+		}
+	}
+	return mount{}, lines.Err()
+}
+
+// parseDev reads MAJOR:MINOR; 0 if it is none.
+func parseDev(s string) uint64 {
+	var major, minor uint32
+	if _, err := fmt.Sscanf(s, "%d:%d", &major, &minor); err != nil {
+		return 0
+	}
+	return unix.Mkdev(major, minor)
+}

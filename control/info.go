@@ -1,0 +1,83 @@
+// What the control socket tells about devices, snapshots and the snapstore.
+
+package control
+
+import (
+	"blksnap/cow"
+)
+
+func (d *Daemon) deviceInfos() []DeviceInfo {
+	infos := []DeviceInfo{}
+	for _, dev := range d.sortedDevices() {
+		infos = append(infos, d.describeDevice(dev))
+	}
+	return infos
+}
+
+func (d *Daemon) deviceInfo(name string) (DeviceInfo, error) {
+	dev, err := d.device(name)
+	if err != nil {
+		return DeviceInfo{}, err
+	}
+	return d.describeDevice(dev), nil
+}
+
+func (d *Daemon) describeDevice(dev *device) DeviceInfo {
+	d.mu.Lock()
+	clients, snapshots := dev.clients, d.snapshotsOfLocked(dev.Name())
+	d.mu.Unlock()
+	return DeviceInfo{
+		Name:      dev.Name(),
+		Origin:    dev.Origin(),
+		Size:      dev.Size(),
+		URI:       d.uri(dev.Name()),
+		State:     dev.State(),
+		Clients:   clients,
+		Snapshots: snapshots,
+		CBT:       describeChanges(dev.Changes()),
+	}
+}
+
+func describeChanges(c *cow.Changes) ChangesInfo {
+	return ChangesInfo{c.BlockSize(), c.Generation(), c.Number(), c.Base()}
+}
+
+func (d *Daemon) snapshotInfos() []SnapshotInfo {
+	infos := []SnapshotInfo{}
+	for _, s := range d.allSnapshots() {
+		infos = append(infos, d.describe(s))
+	}
+	return infos
+}
+
+func (d *Daemon) snapshotInfo(name string) (SnapshotInfo, error) {
+	s, err := d.snapshot(name)
+	if err != nil {
+		return SnapshotInfo{}, err
+	}
+	return d.describe(s), nil
+}
+
+func (d *Daemon) describe(s *cow.Snapshot) SnapshotInfo {
+	info := SnapshotInfo{Name: s.Name(), Created: s.Created(), State: s.State(), HeldUp: s.Held()}
+	for _, i := range s.Images() {
+		info.Images = append(info.Images, ImageInfo{
+			Device: i.Device().Name(),
+			Size:   i.Size(),
+			URI:    d.uri(i.Device().Name() + "@" + s.Name()),
+			State:  i.State(),
+			CBT:    describeChanges(i.Changes()),
+		})
+	}
+	return info
+}
+
+func (d *Daemon) partInfos() []PartInfo {
+	infos := []PartInfo{}
+	for _, p := range d.pool.Parts() {
+		name := p.Spec
+		name.Limit = 0 // it has a field of its own
+		infos = append(infos, PartInfo{name.String(), p.Limit, p.Used, p.Free, p.State})
+	}
+	return infos
+}

@@ -1,0 +1,96 @@
+// Locks of the run and the state directory: one daemon for each.
+
+package control
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+)
+
+const (
+	// stopWait is how long a start waits for a daemon that is still stopping,
+	// or that was killed and whose last thread is still writing.
+	stopWait = 10 * time.Second
+
+	// lockRetry is how often it tries.
+	lockRetry = 50 * time.Millisecond
+)
+
+// dirLock is the lock of a directory: the file `lock` in it, locked by flock,
+// so that it falls by itself when the last thread of its process is gone. The
+// file says who holds it: "PID CONTROL-SOCKET".
+type dirLock struct{ f *os.File }
+
+// lockDir takes the lock of dir for the daemon whose control socket is or will
+// be at control. It waits up to wait for a holder that stops or has died; one
+// that still answers its control socket is an error at once.
+func lockDir(ctx context.Context, dir, control string, wait time.Duration) (*dirLock, error) {
+	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|os.O_CREATE|syscall.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("open lock: %w", err)
+	}
+	l := &dirLock{f}
+	err = l.wait(ctx, time.Now().Add(wait))
+	if err == nil {
+		err = l.write(fmt.Sprintf("%d %s\n", os.Getpid(), control))
+	}
+	if err != nil {
+		f.Close()
+		return nil, fmt.Errorf("lock directory %s: %w", dir, err)
+	}
+	return l, nil
+}
+
+// wait takes the lock as soon as it falls. It gives up at the deadline, when ctx
+// ends, or when a daemon answers that is not going to let it go.
+func (l *dirLock) wait(ctx context.Context, deadline time.Time) error {
+	for {
+		err := syscall.Flock(int(l.f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+		if !errors.Is(err, syscall.EWOULDBLOCK) {
+			return err
+		}
+		pid, serving := l.holder(ctx)
+		if serving || time.Now().After(deadline) {
+			return refuse(syscall.EBUSY, "in use by another blksnap, process %s", cmp.Or(pid, "not known"))
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(lockRetry):
+		}
+	}
+}
+
+// holder says which process holds the lock, as far as the file tells, and
+// whether a daemon that is not stopping answers for it.
+func (l *dirLock) holder(ctx context.Context) (pid string, serving bool) {
+	buf := make([]byte, 4096)
+	n, _ := l.f.ReadAt(buf, 0) // what cannot be read is a holder that is not known
+	pid, control, ok := strings.Cut(strings.TrimSuffix(string(buf[:n]), "\n"), " ")
+	if !ok {
+		return "", false
+	}
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	v, err := NewClient(control).Version(ctx)
+	return pid, err == nil && !v.Stopping
+}
+
+func (l *dirLock) write(text string) error {
+	if err := l.f.Truncate(0); err != nil {
+		return err
+	}
+	_, err := l.f.WriteAt([]byte(text), 0)
+	return err
+}
+
+// unlock gives the lock back. The file stays: removing it would let two
+// daemons lock two different files of that name.
+func (l *dirLock) unlock() error { return l.f.Close() }

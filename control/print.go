@@ -1,0 +1,226 @@
+// What the commands print: aligned columns for people, or with JSON one object
+// a line for scripts.
+
+package control
+
+import (
+	"bufio"
+	"cmp"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"iter"
+	"strconv"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"blksnap/store"
+)
+
+// Output is where a command prints, and how.
+type Output struct {
+	io.Writer
+	JSON bool
+}
+
+// printAll prints rows under a header, or each value as a line of JSON.
+func printAll[T any](o Output, header string, values []T, row func(T) []string) error {
+	if o.JSON {
+		enc := json.NewEncoder(o)
+		for _, v := range values {
+			if err := enc.Encode(v); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	if len(values) == 0 {
+		return nil
+	}
+	w := tabwriter.NewWriter(o, 0, 8, 2, ' ', 0)
+	fmt.Fprintln(w, strings.ReplaceAll(header, " ", "\t"))
+	for _, v := range values {
+		fmt.Fprintln(w, strings.Join(row(v), "\t"))
+	}
+	return w.Flush()
+}
+
+// printOne prints one value as lines of a key and a value.
+func printOne(o Output, v any, pairs ...string) error {
+	if o.JSON {
+		return json.NewEncoder(o).Encode(v)
+	}
+	w := tabwriter.NewWriter(o, 0, 8, 2, ' ', 0)
+	for i := 0; i < len(pairs); i += 2 {
+		fmt.Fprintf(w, "%s\t%s\n", pairs[i], pairs[i+1])
+	}
+	return w.Flush()
+}
+
+// Devices prints a line for each device.
+func (o Output) Devices(l []DeviceInfo) error {
+	return printAll(o, "NAME SIZE STATE SNAPSHOTS CLIENTS ORIGIN", l, func(v DeviceInfo) []string {
+		return []string{v.Name, people(v.Size), v.State, strconv.Itoa(len(v.Snapshots)), strconv.Itoa(v.Clients), v.Origin}
+	})
+}
+
+// Device prints all about one device.
+func (o Output) Device(v DeviceInfo) error {
+	return printOne(o, v, append([]string{
+		"name", v.Name,
+		"origin", v.Origin,
+		"size", sizeLine(v.Size),
+		"uri", v.URI,
+		"state", v.State,
+		"clients", strconv.Itoa(v.Clients),
+		"snapshots", orDash(strings.Join(v.Snapshots, ", ")),
+	}, changesPairs("cbt/", v.CBT)...)...)
+}
+
+// Added prints a device that was added as serve prints those that it begins
+// with.
+func (o Output) Added(v DeviceInfo) error {
+	_, err := fmt.Fprintf(o, "%s  %d  %s\n", v.Name, v.Size, v.URI)
+	return err
+}
+
+// Taken prints the name of a snapshot that was taken, alone, for scripts.
+func (o Output) Taken(v SnapshotInfo) error {
+	_, err := fmt.Fprintln(o, v.Name)
+	return err
+}
+
+// Version prints what the daemon is.
+func (o Output) Version(v VersionInfo) error {
+	_, err := fmt.Fprintf(o, "daemon  blksnap %s  process %d\n", v.Version, v.PID)
+	return err
+}
+
+// Changes prints all about a device's change tracking.
+func (o Output) Changes(v ChangesInfo) error { return printOne(o, v, changesPairs("", v)...) }
+
+func changesPairs(prefix string, v ChangesInfo) []string {
+	return []string{
+		prefix + "block_size", strconv.FormatInt(v.BlockSize, 10),
+		prefix + "generation", v.Generation,
+		prefix + "number", strconv.FormatUint(v.Number, 10),
+		prefix + "base", strconv.FormatUint(v.Base, 10),
+	}
+}
+
+// Snapshots prints a line for each snapshot.
+func (o Output) Snapshots(l []SnapshotInfo) error {
+	return printAll(o, "NAME CREATED STATE HOLDS DEVICES", l, func(v SnapshotInfo) []string {
+		var devices []string
+		for _, i := range v.Images {
+			devices = append(devices, i.Device)
+		}
+		return []string{v.Name, clock(v.Created), v.State, people(v.holds()), strings.Join(devices, ",")}
+	})
+}
+
+// holds is how many bytes of the snapstore would be free without v, at least.
+func (v SnapshotInfo) holds() (n int64) {
+	for _, i := range v.Images {
+		n += i.Holds
+	}
+	return n
+}
+
+// Snapshot prints all about one snapshot, and a line for each image.
+func (o Output) Snapshot(v SnapshotInfo) error {
+	err := printOne(o, v,
+		"name", v.Name,
+		"created", v.Created.Format(time.RFC3339Nano),
+		"state", v.State,
+		"held_up", v.HeldUp.String(),
+		"holds", sizeLine(v.holds()),
+	)
+	if err != nil || o.JSON {
+		return err
+	}
+	fmt.Fprintln(o)
+	return printAll(o, "DEVICE SIZE STATE HOLDS NUMBER URI", v.Images, func(i ImageInfo) []string {
+		return []string{i.Device, people(i.Size), i.State, people(i.Holds), strconv.FormatUint(i.CBT.Number, 10), i.URI}
+	})
+}
+
+// Store prints a line for each part of the snapstore.
+func (o Output) Store(l []PartInfo) error {
+	return printAll(o, "PART SIZE USED FREE STATE", l, func(v PartInfo) []string {
+		return []string{v.Part, people(v.Size), people(v.Used), people(v.Free), v.State}
+	})
+}
+
+// Extents prints extents in the form of the tree's since/NUM.
+func (o Output) Extents(extents iter.Seq2[Extent, error]) error {
+	return printStream(o, extents, false, func(v Extent) string {
+		return fmt.Sprintf("%d %d %s", v.Offset, v.Length, v.Kind)
+	})
+}
+
+// Events prints events as they come.
+func (o Output) Events(events iter.Seq2[Event, error]) error {
+	return printStream(o, events, true, func(v Event) string {
+		words := []string{clock(v.Time), v.Kind}
+		for _, s := range []string{v.Device, v.Snapshot, v.Text} {
+			if s != "" {
+				words = append(words, s)
+			}
+		}
+		return strings.Join(words, "  ")
+	})
+}
+
+// printStream prints a line for each value, with flush as it comes, and returns
+// the error that ends them.
+func printStream[T any](o Output, values iter.Seq2[T, error], flush bool, text func(T) string) error {
+	w := bufio.NewWriter(o)
+	enc := json.NewEncoder(w)
+	for v, err := range values {
+		switch {
+		case err != nil:
+			return errors.Join(w.Flush(), err)
+		case o.JSON:
+			err = enc.Encode(v)
+		default:
+			_, err = fmt.Fprintln(w, text(v))
+		}
+		if err == nil && flush {
+			err = w.Flush()
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return w.Flush()
+}
+
+// people is a size as people read it: whole, or with one digit.
+func people(n int64) string {
+	exact := store.FormatSize(n)
+	if len(exact) <= len("1023KiB") {
+		return exact
+	}
+	units := []string{"B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"}
+	f, u := float64(n), 0
+	for ; f >= 1023.95 && u < len(units)-1; u++ {
+		f /= 1024
+	}
+	return fmt.Sprintf("%.1f%s", f, units[u])
+}
+
+// sizeLine is a size in bytes, and as people read it where that differs.
+func sizeLine(n int64) string {
+	exact := strconv.FormatInt(n, 10)
+	if p := people(n); p != exact {
+		return exact + " (" + p + ")"
+	}
+	return exact
+}
+
+func clock(t time.Time) string { return t.Local().Format(time.DateTime) }
+
+func orDash(s string) string { return cmp.Or(s, "-") }

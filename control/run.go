@@ -1,0 +1,135 @@
+// The daemon while it serves: from ready to the end of its last request.
+
+package control
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"sync"
+	"time"
+
+	sd "github.com/coreos/go-systemd/v22/daemon"
+
+	"blksnap/intercept"
+)
+
+const (
+	// drainLimit is how long requests in flight may take when the daemon stops.
+	drainLimit = 10 * time.Second
+
+	// answerLimit is the same for those on the control socket.
+	answerLimit = 5 * time.Second
+)
+
+// run serves until ctx ends or the daemon is idle without its tree, and writes
+// to out when everything answers.
+func (s *service) run(ctx context.Context, out io.Writer) error {
+	// What serves outlives ctx: it has to answer what is in flight.
+	serving, stop := context.WithCancel(context.WithoutCancel(ctx))
+	defer stop()
+	nbd := intercept.NewServer(intercept.Options{Exports: exports{s.daemon}, Log: s.log})
+	api := newServer(serving, s.daemon)
+	failed := make(chan error, len(s.nbdOn)+1)
+	var running sync.WaitGroup
+	running.Go(func() { failed <- serveControl(api, s.apiOn) })
+	for _, l := range s.nbdOn {
+		running.Go(func() { failed <- serveNBD(serving, nbd, l) })
+	}
+	running.Go(func() { watchdog(serving, s.log, s.daemon.alive) })
+
+	err := s.announce(out)
+	if err == nil {
+		err = s.wait(ctx, failed)
+	}
+	notify(s.log, sd.SdNotifyStopping)
+	s.daemon.record("stopping", "", "", "")
+	s.daemon.stop()
+	stop()
+	err = errors.Join(err, shutdown(api, nbd))
+	running.Wait()
+	return err
+}
+
+func serveNBD(ctx context.Context, nbd *intercept.Server, l net.Listener) error {
+	if err := nbd.Serve(ctx, l); err != nil {
+		return fmt.Errorf("serve NBD on %s: %w", l.Addr(), err)
+	}
+	return nil
+}
+
+// announce says what is served, and that it is.
+func (s *service) announce(out io.Writer) error {
+	for _, dev := range s.daemon.sortedDevices() {
+		if _, err := fmt.Fprintf(out, "%s  %d  %s\n", dev.Name(), dev.Size(), s.daemon.uri(dev.Name())); err != nil {
+			return fmt.Errorf("say what is served: %w", err)
+		}
+	}
+	if _, err := fmt.Fprintln(out, "ready"); err != nil {
+		return fmt.Errorf("say what is served: %w", err)
+	}
+	notify(s.log, sd.SdNotifyReady)
+	return goBackground()
+}
+
+// wait returns when the daemon is to stop: ctx has ended, its tree is unmounted
+// and nobody uses it, or a server has failed.
+func (s *service) wait(ctx context.Context, failed <-chan error) error {
+	var unmounted <-chan struct{} // for ever open without a tree
+	if s.tree != nil {
+		unmounted = s.tree.Done()
+	}
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case err := <-failed:
+			return err
+		case <-s.daemon.idle:
+			return nil
+		case <-unmounted:
+			unmounted = nil
+			s.daemon.loseTree()
+		}
+	}
+}
+
+// shutdown ends the servers: requests in flight are answered, within a time,
+// and new ones are not taken.
+func shutdown(api *http.Server, nbd *intercept.Server) error {
+	var errs [2]error
+	var both sync.WaitGroup
+	both.Go(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), answerLimit)
+		defer cancel()
+		if api.Shutdown(ctx) != nil {
+			errs[0] = api.Close()
+		}
+	})
+	both.Go(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), drainLimit)
+		defer cancel()
+		errs[1] = nbd.Shutdown(ctx)
+	})
+	both.Wait()
+	return errors.Join(errs[:]...)
+}
+
+// closeDevices destroys the snapshots, which end with the process, and closes
+// the devices. Nobody uses them any more, or nobody waits for them to finish.
+func (d *Daemon) closeDevices() error {
+	var errs []error
+	for _, s := range d.allSnapshots() {
+		errs = append(errs, s.Destroy(true))
+	}
+	for _, dev := range d.sortedDevices() {
+		errs = append(errs, dev.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// alive returns if the daemon's locks can be had.
+func (d *Daemon) alive() { d.sortedDevices() }

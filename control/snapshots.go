@@ -1,0 +1,151 @@
+// Snapshots: taking and destroying them.
+
+package control
+
+import (
+	"fmt"
+	"slices"
+	"syscall"
+	"time"
+
+	"blksnap/cow"
+	"blksnap/fusefs"
+)
+
+// takeSnapshot takes a snapshot at a client's request.
+func (d *Daemon) takeSnapshot(q SnapshotRequest) (SnapshotInfo, error) {
+	s, err := d.take(q.Name, q.Devices)
+	if err != nil {
+		return SnapshotInfo{}, err
+	}
+	return d.describe(s), nil
+}
+
+// take takes a snapshot of the named devices, of all of them if none is named.
+// An empty name means that it is called by its time. Errors match EINVAL,
+// EEXIST, ENOENT, ENOSPC, ETIMEDOUT and ESHUTDOWN.
+func (d *Daemon) take(name string, devices []string) (*cow.Snapshot, error) {
+	if name != "" {
+		if err := checkName("snapshot", name); err != nil {
+			return nil, err
+		}
+	}
+	s, err := d.takeChanging(name, devices)
+	if err != nil {
+		return nil, err
+	}
+	d.record("snapshot-created", "", s.Name(),
+		fmt.Sprintf("%s, writes held up for %s", plural(len(s.Images()), "device"), s.Held().Round(time.Microsecond)))
+	return s, nil
+}
+
+func (d *Daemon) takeChanging(name string, devices []string) (*cow.Snapshot, error) {
+	d.changing.Lock()
+	defer d.changing.Unlock()
+	name, chosen, err := d.choose(name, devices)
+	if err != nil {
+		return nil, err
+	}
+	s, err := cow.Take(name, chosen, 0)
+	if err != nil {
+		return nil, err
+	}
+	d.mu.Lock()
+	d.snapshots = append(d.snapshots, s)
+	d.mu.Unlock()
+	return s, nil
+}
+
+// choose finds the devices for a snapshot, and a name if it has none. The
+// caller holds changing, so both stay as they are.
+func (d *Daemon) choose(name string, devices []string) (string, []*cow.Device, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	exists := func(name string) bool { _, ok := d.snapshotLocked(name); return ok }
+	switch {
+	case d.isStopping():
+		return "", nil, errStopping()
+	case name == "":
+		name = timeName(time.Now(), exists)
+	case exists(name):
+		return "", nil, refuse(syscall.EEXIST, "snapshot %s exists already", name)
+	}
+	var chosen []*cow.Device
+	for n, dev := range d.devices {
+		if len(devices) == 0 || slices.Contains(devices, n) {
+			chosen = append(chosen, dev.Device)
+		}
+	}
+	for _, n := range devices {
+		if d.devices[n] == nil {
+			return "", nil, unknownDevice(n)
+		}
+	}
+	if len(chosen) == 0 {
+		return "", nil, refuse(syscall.EINVAL, "there is no device to take a snapshot of")
+	}
+	return name, chosen, nil
+}
+
+// destroySnapshots destroys snapshots, those in use only if force is set. An
+// unknown name is refused before any is destroyed; one in use ends it, with
+// those before it destroyed.
+func (d *Daemon) destroySnapshots(names []string, force bool) error {
+	for _, n := range names {
+		if _, err := d.snapshot(n); err != nil {
+			return err
+		}
+	}
+	slices.Sort(names)
+	for _, n := range slices.Compact(names) {
+		if err := d.destroy(n, force); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// destroy destroys a snapshot. It is refused with EBUSY while one of its images
+// is open or exported to a client, unless force is set: then those who use it
+// get errors from now on.
+func (d *Daemon) destroy(name string, force bool) error {
+	if err := d.destroyChanging(name, force); err != nil {
+		return err
+	}
+	d.record("snapshot-destroyed", "", name, "")
+	d.noteTree(func(t *fusefs.Tree) { t.SnapshotDestroyed(name) })
+	return nil
+}
+
+func (d *Daemon) destroyChanging(name string, force bool) error {
+	d.changing.Lock()
+	defer d.changing.Unlock()
+	s, err := d.snapshot(name)
+	if err != nil {
+		return err
+	}
+	if err := s.Destroy(force); err != nil {
+		return err
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.snapshots = slices.DeleteFunc(d.snapshots, func(o *cow.Snapshot) bool { return o == s })
+	return nil
+}
+
+// snapshot returns the snapshot called name.
+func (d *Daemon) snapshot(name string) (*cow.Snapshot, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if s, ok := d.snapshotLocked(name); ok {
+		return s, nil
+	}
+	return nil, refuse(syscall.ENOENT, "there is no snapshot %q", clip(name))
+}
+
+// allSnapshots are all snapshots, oldest first.
+func (d *Daemon) allSnapshots() []*cow.Snapshot {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return slices.Clone(d.snapshots)
+}

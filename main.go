@@ -1,0 +1,295 @@
+// blksnap takes snapshots of live block origins from user space and tracks which
+// blocks changed between them. This file is its table of contents: the commands,
+// and nothing else. The daemon and its client are package control.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/alecthomas/kong"
+
+	"blksnap/control"
+)
+
+// version is set by the linker, see Makefile.
+var version = "0.1.0"
+
+// cli is the command line. README.md and blksnap(8) explain it.
+type cli struct {
+	Serve  serveCmd `cmd:"" help:"Run the daemon in the foreground."`
+	Device struct {
+		List   deviceListCmd   `cmd:"" help:"List the devices."`
+		Show   deviceShowCmd   `cmd:"" help:"Show all about a device."`
+		Add    deviceAddCmd    `cmd:"" help:"Put an origin under tracking."`
+		Remove deviceRemoveCmd `cmd:"" help:"End a device's tracking; refused while it has snapshots or clients."`
+	} `cmd:"" help:"Devices: origins under tracking."`
+	Snapshot struct {
+		Create  snapshotCreateCmd  `cmd:"" help:"Take a snapshot and print its name."`
+		List    snapshotListCmd    `cmd:"" help:"List the snapshots, oldest first."`
+		Show    snapshotShowCmd    `cmd:"" help:"Show all about a snapshot."`
+		Destroy snapshotDestroyCmd `cmd:"" help:"Destroy snapshots; refused while an image is in use."`
+	} `cmd:"" help:"Snapshots: the state of devices at one instant."`
+	Cbt struct {
+		Show    cbtShowCmd    `cmd:"" help:"Show a device's generation and number."`
+		Extents cbtExtentsCmd `cmd:"" help:"Print what a copy has to read: OFFSET LENGTH KIND."`
+		Mark    cbtMarkCmd    `cmd:"" help:"Make ranges count as changed."`
+		Reset   cbtResetCmd   `cmd:"" help:"Begin a new generation: the next copy must be a full one."`
+	} `cmd:"" help:"Changed-block tracking."`
+	Store struct {
+		List storeListCmd `cmd:"" help:"List the parts of the snapstore, in order of preference."`
+	} `cmd:"" help:"The snapstore."`
+	Events  eventsCmd  `cmd:"" help:"Print what happened."`
+	Version versionCmd `cmd:"" help:"Print the version; with --control the daemon's, too."`
+}
+
+// remote are the flags of every command that asks a running daemon.
+type remote struct {
+	Control string `env:"BLKSNAP_CONTROL" placeholder:"PATH" help:"The daemon's control socket (/run/blksnapd/control.sock; unprivileged $XDG_RUNTIME_DIR/blksnapd/control.sock)."`
+}
+
+func (r remote) client() *control.Client { return control.NewClient(r.Control) }
+
+// printed are the flags of every command that prints more than a name.
+type printed struct {
+	remote
+	JSON bool `name:"json" help:"Print one JSON object a line."`
+}
+
+func (p printed) to(w io.Writer) control.Output { return control.Output{Writer: w, JSON: p.JSON} }
+
+// show prints what a request was answered with.
+func show[T any](v T, err error, print func(T) error) error {
+	if err != nil {
+		return err
+	}
+	return print(v)
+}
+
+type serveCmd struct{ control.Config }
+
+func (c *serveCmd) Run(ctx context.Context) error {
+	ctx, stop := untilSignal(ctx)
+	defer stop()
+	return control.Serve(ctx, c.Config, version, os.Stdout, os.Stderr)
+}
+
+type deviceListCmd struct{ printed }
+
+func (c *deviceListCmd) Run(ctx context.Context, w io.Writer) error {
+	l, err := c.client().Devices(ctx)
+	return show(l, err, c.to(w).Devices)
+}
+
+type deviceShowCmd struct {
+	printed
+	Name string `arg:"" help:"The device."`
+}
+
+func (c *deviceShowCmd) Run(ctx context.Context, w io.Writer) error {
+	v, err := c.client().Device(ctx, c.Name)
+	return show(v, err, c.to(w).Device)
+}
+
+type deviceAddCmd struct {
+	remote
+	Origin string `arg:"" placeholder:"[NAME=]ORIGIN" help:"Raw image file or block device, under its name (default: its base name without extension)."`
+	control.DeviceConfig
+}
+
+func (c *deviceAddCmd) Run(ctx context.Context, w io.Writer) error {
+	v, err := c.client().AddDevice(ctx, c.Origin, c.DeviceConfig)
+	return show(v, err, control.Output{Writer: w}.Added)
+}
+
+type deviceRemoveCmd struct {
+	remote
+	Name string `arg:"" help:"The device."`
+}
+
+func (c *deviceRemoveCmd) Run(ctx context.Context) error {
+	return c.client().RemoveDevice(ctx, c.Name)
+}
+
+type snapshotCreateCmd struct {
+	remote
+	Name   *string  `arg:"" optional:"" help:"Its name (default: its time in UTC)."`
+	Named  *string  `name:"name" placeholder:"NAME" help:"The same as the argument."`
+	Device []string `placeholder:"DEVICE" sep:"none" help:"Of this device alone; repeatable (default: of all of them, at one instant)."`
+}
+
+// Validate refuses two names, and an empty one: a script's variable was not set.
+func (c *snapshotCreateCmd) Validate() error {
+	switch {
+	case c.Name != nil && c.Named != nil:
+		return errors.New("NAME and --name are both given")
+	case c.Named != nil:
+		c.Name = c.Named
+	}
+	if c.Name != nil && *c.Name == "" {
+		return errors.New("NAME is empty")
+	}
+	return nil
+}
+
+func (c *snapshotCreateCmd) Run(ctx context.Context, w io.Writer) error {
+	var name string
+	if c.Name != nil {
+		name = *c.Name
+	}
+	v, err := c.client().TakeSnapshot(ctx, name, c.Device)
+	return show(v, err, control.Output{Writer: w}.Taken)
+}
+
+type snapshotListCmd struct{ printed }
+
+func (c *snapshotListCmd) Run(ctx context.Context, w io.Writer) error {
+	l, err := c.client().Snapshots(ctx)
+	return show(l, err, c.to(w).Snapshots)
+}
+
+type snapshotShowCmd struct {
+	printed
+	Name string `arg:"" help:"The snapshot."`
+}
+
+func (c *snapshotShowCmd) Run(ctx context.Context, w io.Writer) error {
+	v, err := c.client().Snapshot(ctx, c.Name)
+	return show(v, err, c.to(w).Snapshot)
+}
+
+type snapshotDestroyCmd struct {
+	remote
+	Name  []string `arg:"" help:"The snapshots."`
+	Force bool     `help:"Also while images are in use: open files get EIO, clients ESHUTDOWN."`
+}
+
+func (c *snapshotDestroyCmd) Run(ctx context.Context) error {
+	return c.client().DestroySnapshots(ctx, c.Name, c.Force)
+}
+
+type cbtShowCmd struct {
+	printed
+	Device string `arg:"" help:"The device."`
+}
+
+func (c *cbtShowCmd) Run(ctx context.Context, w io.Writer) error {
+	v, err := c.client().Changes(ctx, c.Device)
+	return show(v, err, c.to(w).Changes)
+}
+
+type cbtExtentsCmd struct {
+	printed
+	Device     string `arg:"" help:"The device."`
+	Since      string `required:"" placeholder:"NUM|all" help:"Number of the last snapshot that was copied; all: everything that is allocated."`
+	At         string `placeholder:"SNAPSHOT" help:"Of its image (default: of the live device)."`
+	Generation string `placeholder:"UUID" help:"Only if the changes are of this generation; else status 3, a full read is due."`
+}
+
+func (c *cbtExtentsCmd) Run(ctx context.Context, w io.Writer) error {
+	q := control.ExtentsQuery{Since: c.Since, At: c.At, Generation: c.Generation}
+	return c.to(w).Extents(c.client().Extents(ctx, c.Device, q))
+}
+
+type cbtMarkCmd struct {
+	remote
+	Device string          `arg:"" help:"The device."`
+	Range  []control.Range `required:"" placeholder:"OFF:LEN" sep:"none" help:"Bytes that count as changed; repeatable."`
+}
+
+func (c *cbtMarkCmd) Run(ctx context.Context) error {
+	return c.client().Mark(ctx, c.Device, c.Range)
+}
+
+type cbtResetCmd struct {
+	remote
+	Device string `arg:"" help:"The device."`
+}
+
+func (c *cbtResetCmd) Run(ctx context.Context) error {
+	return c.client().ResetChanges(ctx, c.Device)
+}
+
+type storeListCmd struct{ printed }
+
+func (c *storeListCmd) Run(ctx context.Context, w io.Writer) error {
+	l, err := c.client().Store(ctx)
+	return show(l, err, c.to(w).Store)
+}
+
+type eventsCmd struct {
+	printed
+	Follow bool `help:"Go on with new ones as they come."`
+}
+
+func (c *eventsCmd) Run(ctx context.Context, w io.Writer) error {
+	return c.to(w).Events(c.client().Events(ctx, c.Follow))
+}
+
+type versionCmd struct{ remote }
+
+func (c *versionCmd) Run(ctx context.Context, w io.Writer) error {
+	fmt.Fprintln(w, "blksnap", version)
+	if c.Control == "" {
+		return nil
+	}
+	v, err := c.client().Version(ctx)
+	return show(v, err, control.Output{Writer: w}.Version)
+}
+
+// untilSignal returns a context that ends with the first signal to stop. A
+// second one has its usual effect: whoever sends it will not wait.
+func untilSignal(ctx context.Context) (context.Context, context.CancelFunc) {
+	signals := []os.Signal{syscall.SIGINT, syscall.SIGTERM}
+	if !signal.Ignored(syscall.SIGHUP) { // nohup
+		signals = append(signals, syscall.SIGHUP)
+	}
+	ctx, stop := signal.NotifyContext(ctx, signals...)
+	context.AfterFunc(ctx, stop)
+	return ctx, stop
+}
+
+// newParser returns the parser of c. It prints help to w.
+func newParser(c *cli, w io.Writer) (*kong.Kong, error) {
+	return kong.New(c,
+		kong.Name("blksnap"),
+		kong.Description("Snapshots of live disks and what changed between them, from user space. See blksnap(8)."),
+		kong.Writers(w, os.Stderr),
+		kong.BindTo(context.Background(), (*context.Context)(nil)),
+		kong.BindTo(w, (*io.Writer)(nil)),
+	)
+}
+
+// run carries out a command line and returns the exit status.
+func run(args []string) (status int, err error) {
+	if control.IsMount(args) { // mount.fuse3 runs us so, for a line in fstab
+		ctx, stop := untilSignal(context.Background())
+		defer stop()
+		err := control.Mount(ctx, args)
+		return control.ExitStatus(err), err
+	}
+	var c cli
+	parser, err := newParser(&c, os.Stdout)
+	if err != nil {
+		return 2, err
+	}
+	command, err := parser.Parse(args)
+	if err != nil {
+		return 2, err
+	}
+	err = command.Run()
+	return control.ExitStatus(err), err
+}
+
+func main() {
+	status, err := run(os.Args[1:])
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "blksnap:", control.OneLine(err))
+	}
+	os.Exit(status)
+}
