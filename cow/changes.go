@@ -1,0 +1,142 @@
+// The change tracking of a device or an image, as its users see it.
+
+package cow
+
+import (
+	"fmt"
+	"iter"
+	"runtime"
+	"syscall"
+	"time"
+
+	"github.com/google/uuid"
+	"golang.org/x/sys/unix"
+
+	"blksnap/cbt"
+)
+
+// Changes is the change tracking of an image, or of a device as it was when it
+// was asked. Its methods may be called from many goroutines at once.
+type Changes struct {
+	view *cbt.View
+	runs func(off, n int64) iter.Seq2[Run, error]
+}
+
+// Changes is the device's change tracking as of now.
+func (d *Device) Changes() *Changes { return &Changes{d.changes.View(), d.Runs} }
+
+// Changes is the change tracking frozen at the image's instant.
+func (i *Image) Changes() *Changes { return &Changes{&i.frozen.View, i.Runs} }
+
+// MapSize is how many tracking blocks there are: the length of the map in bytes.
+func (c *Changes) MapSize() int64 { return c.view.Blocks() }
+
+// ReadMap fills p with the map's bytes from off on, one for each tracking block:
+// the number of the snapshot interval in which it last changed, less Base; 0 for
+// no change since. It returns how many there were.
+func (c *Changes) ReadMap(p []byte, off int64) int { return c.view.ReadMap(p, off) }
+
+// BlockSize is the size of a tracking block in bytes.
+func (c *Changes) BlockSize() int64 { return c.view.BlockSize() }
+
+// Generation is a UUID: history is continuous only inside one generation.
+func (c *Changes) Generation() string { return c.view.Generation().String() }
+
+// Number is the last snapshot's number; of an image, its own.
+func (c *Changes) Number() uint64 { return c.view.Number() }
+
+// Base is what to add to a map byte to get a number.
+func (c *Changes) Base() uint64 { return c.view.Base() }
+
+// Since yields what changed after snapshot num: ascending, disjoint, cut to the
+// device, holes apart from data. It returns false where that is not known, because
+// num is below Base or above Number: a full read is due.
+func (c *Changes) Since(num uint64) (iter.Seq2[Run, error], bool) {
+	changed, ok := c.view.Since(num)
+	if !ok {
+		return nil, false
+	}
+	return func(yield func(Run, error) bool) {
+		for off, n := range changed {
+			for r, err := range c.runs(off, n) {
+				if !yield(r, err) || err != nil {
+					return
+				}
+			}
+		}
+	}, true
+}
+
+// All yields everything that is allocated: what a first, full copy must read.
+func (c *Changes) All() iter.Seq2[Run, error] {
+	return func(yield func(Run, error) bool) {
+		for r, err := range c.runs(0, c.view.Size()) {
+			if err == nil && r.Zero {
+				continue
+			}
+			if !yield(r, err) || err != nil {
+				return
+			}
+		}
+	}
+}
+
+// Mark marks a range as changed after the last snapshot, so that the next
+// increment reads it: for what changed in a way that no write shows.
+func (d *Device) Mark(off, n int64) error {
+	if off < 0 || n <= 0 || n > d.Size() || off > d.Size()-n {
+		return fmt.Errorf("mark %s: range %d:%d is not within its %d bytes: %w", d.name, off, n, d.Size(), syscall.EINVAL)
+	}
+	g, ok := d.writers.enter(d.stop)
+	if !ok {
+		return ErrStopping
+	}
+	defer d.writers.leave(g)
+	d.changes.Mark(off, n)
+	return nil
+}
+
+// Reset begins a new generation of the device's change map, and says why: history
+// before it cannot be asked for any more.
+func (d *Device) Reset(why string) error {
+	d.taking.Lock()
+	defer d.taking.Unlock()
+	d.writers.shut()
+	defer d.writers.open()
+	if !d.writers.empty(time.Now().Add(takeLimit)) {
+		return fmt.Errorf("reset change map of %s: writes in flight did not end within %v: %w", d.name, takeLimit, syscall.ETIMEDOUT)
+	}
+	d.newGeneration(why)
+	return nil
+}
+
+// newGeneration is Reset for those who have emptied the gate.
+func (d *Device) newGeneration(why string) {
+	d.changes.Reset(uuid.New())
+	d.cfg.Log.Warn("new generation of the change map: the next backup must be a full one", "reason", why)
+	d.event(EventGeneration, "", why)
+}
+
+// newChanges makes the map of a new device. Its memory goes when nobody can look
+// at it any more: who asked for the Changes of a device may keep them for longer
+// than the device lives.
+func newChanges(size int64, c Config) (*cbt.Map, error) {
+	mem, err := newMemory(changesReserve(size, c.TrackingBlock))
+	if err != nil {
+		return nil, err
+	}
+	runtime.AddCleanup(mem, func(b []byte) { unix.Munmap(b) }, mem.reserved)
+	return cbt.New(mem, size, c.TrackingBlock, uuid.New(), c.Number)
+}
+
+// changesReserve is the address space for a change map and the frozen ones that
+// share its pages: enough for 256 snapshots between which every block changed, or
+// for as many as address space allows.
+func changesReserve(size, block int64) int64 {
+	const most = 1 << 40
+	blocks := size/block + 1
+	if blocks > most/512 {
+		return most
+	}
+	return max(1<<30, blocks*512)
+}

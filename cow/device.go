@@ -1,0 +1,292 @@
+// A device: an origin under tracking, with its snapshots.
+
+package cow
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"blksnap/cbt"
+	"blksnap/store"
+)
+
+// Errors of requests on devices and images. They match what a client is told
+// (errors.Is with package syscall's).
+var (
+	// ErrStopping answers requests to a device that is being closed.
+	ErrStopping = fmt.Errorf("device is stopping: %w", syscall.ESHUTDOWN)
+
+	// ErrDestroyed answers requests to an image whose snapshot was destroyed.
+	ErrDestroyed = fmt.Errorf("snapshot was destroyed: %w", syscall.ESHUTDOWN)
+
+	// ErrOverflowed answers requests to an image that the snapstore had no
+	// room for.
+	ErrOverflowed = fmt.Errorf("snapshot was lost, the snapstore overflowed: %w", syscall.EIO)
+
+	// ErrFailed answers requests to an image that was lost for another reason,
+	// which the error's text has.
+	ErrFailed = fmt.Errorf("snapshot was lost: %w", syscall.EIO)
+)
+
+// Config is how a device is opened. The zero value of a field is its default.
+type Config struct {
+	Name string
+
+	// TrackingBlock is the unit of the change map in bytes, a power of two
+	// from 4 KiB to 16 MiB (default 64 KiB).
+	TrackingBlock int64
+
+	// Number is the last snapshot number that was ever used for this device;
+	// the new generation begins with it.
+	Number uint64
+
+	// StoreWait is how long a write waits for space in a full snapstore before
+	// snapshots break.
+	StoreWait time.Duration
+
+	// PreserveLimit is how long a write waits for a snapstore that hangs
+	// before snapshots break (default 10 s).
+	PreserveLimit time.Duration
+
+	// Log gets what an operator must know. Notify, if not nil, is called for
+	// each event, from any goroutine, without locks, and must not wait.
+	Log    *slog.Logger
+	Notify func(Event)
+}
+
+// Event is something that an operator or a script may want to react to.
+type Event struct {
+	Time     time.Time
+	Kind     string // one of the Event constants
+	Device   string
+	Snapshot string // empty where no snapshot is concerned
+	Text     string
+}
+
+// Kinds of events.
+const (
+	EventDeviceFailed       = "device-failed"
+	EventSnapshotOverflowed = "snapshot-overflowed"
+	EventSnapshotFailed     = "snapshot-failed"
+	EventGeneration         = "generation" // a new generation of the change map
+)
+
+// stripes is how many locks a device's chunks share. A power of two, and more
+// than a copy takes at once.
+const stripes = 256
+
+// Device is an origin under tracking. Reads and writes come from many goroutines
+// at once, also for ranges that overlap; they lie within Size.
+type Device struct {
+	name    string
+	origin  *Origin
+	file    originFile
+	pool    *store.Pool
+	cfg     Config
+	serial  uint64 // devices of one snapshot are taken in this order
+	changes *cbt.Map
+	flusher *flusher
+	copier  *copier
+
+	// writers is passed by everything that changes the device, shut while a
+	// snapshot is taken. readers is passed by everything that looks at tables
+	// or slots without being a writer; it is never shut.
+	writers, readers *gate
+
+	// shield is what writers look at, nil while no healthy image needs them
+	// to. Stored under mu.
+	shield atomic.Pointer[shield]
+
+	failure atomic.Pointer[string] // why the device is failed
+
+	stop    chan struct{} // closed when the device closes
+	wake    chan struct{} // wakes the reclaimer
+	running sync.WaitGroup
+
+	// Locks, in the order in which they are taken.
+
+	// taking serializes taking snapshots of the device. Held until the writes
+	// in flight have ended.
+	taking sync.Mutex
+
+	// chunkLocks serialize the preserving of a chunk; chunk c's is number
+	// c % stripes, several are taken in ascending order. Held across I/O.
+	chunkLocks [stripes]sync.Mutex
+
+	// mu protects the fields below. Never held across I/O.
+	mu      sync.Mutex
+	layers  []*layer // oldest first
+	images  []*Image // healthy ones, oldest first
+	round   uint64   // number of the reclaimer's last complete round
+	asked   uint64   // number of the round that covers all that was asked for
+	settled *sync.Cond
+	retired []word              // slots that a word no longer names
+	stuck   map[store.Slot]bool // slots in use in which a write hangs
+	scrap   scrap               // left over by a round that was stopped
+	closed  bool
+}
+
+var serials atomic.Uint64
+
+// Open puts an origin under tracking, with a new generation of the change map
+// that begins after c.Number. The origin belongs to the device from then on, also
+// where Open fails.
+func Open(o *Origin, pool *store.Pool, c Config) (*Device, error) {
+	if c.PreserveLimit == 0 {
+		c.PreserveLimit = 10 * time.Second
+	}
+	if c.TrackingBlock == 0 {
+		c.TrackingBlock = cbt.DefaultBlock
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	c.Log = c.Log.With("device", c.Name)
+	m, err := newChanges(o.size, c)
+	if err != nil {
+		o.Close()
+		return nil, fmt.Errorf("track %s: %w", c.Name, err)
+	}
+	d := &Device{
+		name: c.Name, origin: o, file: o.file, pool: pool, cfg: c, changes: m,
+		serial:  serials.Add(1),
+		writers: newGate(),
+		readers: newGate(),
+		stop:    make(chan struct{}),
+		wake:    make(chan struct{}, 1),
+	}
+	d.flusher = newFlusher(d.file.sync)
+	d.copier = newCopier(pool, c.PreserveLimit)
+	d.settled = sync.NewCond(&d.mu)
+	d.running.Add(1)
+	go d.reclaim()
+	return d, nil
+}
+
+// Close stops the device: new requests are answered with ErrStopping, its images
+// end as if destroyed. It waits for the requests in flight and gives the origin's
+// locks back. Content that was not flushed is left to the host's page cache.
+func (d *Device) Close() error {
+	d.taking.Lock()
+	defer d.taking.Unlock()
+	d.mu.Lock()
+	if d.closed {
+		d.mu.Unlock()
+		return nil
+	}
+	d.closed = true
+	images := slices.Clone(d.images)
+	d.mu.Unlock()
+	close(d.stop)
+	for _, i := range images {
+		i.end(&fault{err: ErrStopping, state: "failed: device is stopping"})
+	}
+	d.running.Wait()
+	err := d.closeTables()
+	d.copier.close()
+	d.changes.Close()
+	err = errors.Join(err, d.origin.Close())
+	if err != nil {
+		return fmt.Errorf("close %s: %w", d.name, err)
+	}
+	return nil
+}
+
+// Name is the device's name.
+func (d *Device) Name() string { return d.name }
+
+// Origin is the origin's absolute path.
+func (d *Device) Origin() string { return d.origin.path }
+
+// Size is in bytes and constant.
+func (d *Device) Size() int64 { return d.origin.size }
+
+// ReadOnly is false.
+func (d *Device) ReadOnly() bool { return false }
+
+// State is "ok", "stopping", or "failed: " and why.
+func (d *Device) State() string {
+	if why := d.failure.Load(); why != nil {
+		return "failed: " + *why
+	}
+	select {
+	case <-d.stop:
+		return "stopping"
+	default:
+		return "ok"
+	}
+}
+
+// Read fills p with the device's current content. It passes no gate and takes no
+// lock: no snapshot can hold it up.
+func (d *Device) Read(p []byte, off int64) error {
+	_, err := d.file.ReadAt(p, off)
+	if err != nil {
+		return d.originError("read", off, err)
+	}
+	return nil
+}
+
+// TryRead is Read where no disk is waited for, else EAGAIN.
+func (d *Device) TryRead(p []byte, off int64) error {
+	if d.file.tryReadAt(p, off) != nil {
+		return syscall.EAGAIN // Read will find out what is wrong, if anything is
+	}
+	return nil
+}
+
+// Flush returns nil when every write that was acknowledged before the call is on
+// stable storage. Once it failed it fails for ever: the kernel drops what it
+// could not write, and tells only once.
+func (d *Device) Flush() error {
+	if err := d.flusher.flush(); err != nil {
+		d.fail(fmt.Sprintf("flush: %v", cause(err)))
+		return fmt.Errorf("flush %s: %w", d.name, err)
+	}
+	return nil
+}
+
+// Cache is a hint that the range will be read soon.
+func (d *Device) Cache(off, n int64) error {
+	d.file.willNeed(off, n)
+	return nil
+}
+
+// originError notes that the origin failed a request and returns the error to
+// answer it with. Lack of space under a sparse file is no failure of the device.
+func (d *Device) originError(op string, off int64, err error) error {
+	if errors.Is(err, os.ErrClosed) {
+		return ErrStopping
+	}
+	if err == io.EOF {
+		err = io.ErrUnexpectedEOF // the origin was cut short behind our back
+	}
+	if !errors.Is(err, syscall.ENOSPC) && !errors.Is(err, syscall.EDQUOT) {
+		d.fail(fmt.Sprintf("%s at %d: %v", op, off, cause(err)))
+	}
+	return fmt.Errorf("%s %s at %d: %w", op, d.name, off, err)
+}
+
+// fail marks the device as failed, once. Its requests are still tried, each
+// answered for itself; what is marked is that the device needs a look.
+func (d *Device) fail(why string) {
+	if !d.failure.CompareAndSwap(nil, &why) {
+		return
+	}
+	d.cfg.Log.Error("device failed", "err", why)
+	d.event(EventDeviceFailed, "", why)
+}
+
+func (d *Device) event(kind, snapshot, text string) {
+	if d.cfg.Notify != nil {
+		d.cfg.Notify(Event{time.Now(), kind, d.name, snapshot, text})
+	}
+}

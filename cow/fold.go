@@ -1,0 +1,154 @@
+// Folding a nameless layer into its older neighbour.
+//
+// A destroyed snapshot's layer is still part of the chains of older images. So
+// that chains stay short, its words move to the layer before it. Neither layer is
+// the head, so nobody else changes a word of either, and no lock is needed:
+//
+//   - A reader walks from old to new and may miss a word that moves past it; it
+//     looks again after it has read (read.go).
+//   - A writer looks at the layers from new to old (shield.mask), and a word is
+//     published in the older layer before it goes from the newer one.
+
+package cow
+
+import (
+	"errors"
+	"slices"
+
+	"blksnap/store"
+)
+
+// foldAll folds every nameless layer but the head, the oldest first. The layers
+// that it has emptied become scrap.
+func (d *Device) foldAll(s *scrap) {
+	var kept *layer // could not be folded: the store has no room, or fails
+	for {
+		older, l := d.nextFold(kept)
+		if l == nil {
+			return
+		}
+		if !d.fold(older, l, s) {
+			kept = l
+			continue
+		}
+		d.unlink(older, l)
+		s.empty = append(s.empty, l.table)
+	}
+}
+
+// nextFold finds the oldest nameless layer after the layer kept, which is neither
+// the head nor the oldest, and its older neighbour.
+func (d *Device) nextFold(kept *layer) (older, l *layer) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	from := 1 + slices.Index(d.layers, kept)
+	for n := max(from, 1); n < len(d.layers)-1; n++ {
+		if d.layers[n].image == nil && d.layers[n-1].image != nil {
+			return d.layers[n-1], d.layers[n]
+		}
+	}
+	return nil, nil
+}
+
+// fold moves the words of l to older, and says whether all of them went.
+func (d *Device) fold(older, l *layer, s *scrap) bool {
+	all := true
+	for c, w := range l.table.from(0) {
+		err := d.foldChunk(older.table, c, w, s)
+		if errors.Is(err, store.ErrFull) && d.giveUp(s) {
+			err = d.foldChunk(older.table, c, w, s) // now with what was useless before
+		}
+		if err != nil {
+			all = false
+			continue
+		}
+		l.table.store(c, 0)
+		s.moved = true
+	}
+	return all
+}
+
+// foldChunk sees to it that older has the blocks of w, which then needs no place
+// in the newer layer any more.
+func (d *Device) foldChunk(older *table, c chunkNo, w word, s *scrap) error {
+	if err := older.reserve(c, 1); err != nil {
+		return err
+	}
+	o := older.load(c)
+	need := w.mask() &^ o.mask()
+	if o == 0 {
+		older.store(c, w) // the slot moves with it
+		return nil
+	}
+	if need != 0 {
+		joined, err := d.join(o, w, need)
+		if err != nil {
+			return err
+		}
+		older.store(c, joined)
+		if joined.slot() != o.slot() {
+			s.words = append(s.words, o)
+		}
+	}
+	s.words = append(s.words, w)
+	return nil
+}
+
+// join copies the blocks need of w to the slot of o and returns the word for both.
+// Where the slot's part has no room it copies both to another slot. It may use
+// the reserve: what it takes, it soon gives back.
+func (d *Device) join(o, w word, need uint16) (word, error) {
+	err := d.pool.ExtendReserve(o.slot(), need)
+	if err == nil {
+		if err := d.copyBlocks(o.slot(), w, need); err != nil {
+			d.unextend(o.slot(), need, err)
+			return 0, err
+		}
+		return o.with(need), nil
+	}
+	slot, mask := []store.Slot{0}, []uint16{o.mask() | need}
+	if _, err := d.pool.AllocReserve(slot, mask); err != nil {
+		return 0, err
+	}
+	err = d.copyBlocks(slot[0], o, o.mask())
+	if err == nil {
+		err = d.copyBlocks(slot[0], w, need)
+	}
+	if err != nil {
+		d.unalloc(slot[0], mask[0], err)
+		return 0, err
+	}
+	return makeWord(slot[0], mask[0]), nil
+}
+
+// copyBlocks copies the blocks mask of w's chunk to slot to. The blocks of
+// zeroWord are written out: a slot holds old bytes.
+func (d *Device) copyBlocks(to store.Slot, w word, mask uint16) (err error) {
+	b := batches.Get().(*batch)
+	defer func() { b.done(err) }()
+	for first, n := range runs(mask) {
+		p, at := b.buf[:n<<blockShift], int64(first)<<blockShift
+		if w.hasSlot() {
+			err = d.copier.read(w.slot(), p, at)
+		} else {
+			clear(p)
+		}
+		if err == nil {
+			err = d.copier.write(to, p, at)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// unlink takes l, which has no words left, out of the chain. Readers that are at
+// it go on to the next layer.
+func (d *Device) unlink(older, l *layer) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	older.newer.Store(l.newer.Load())
+	d.layers = slices.DeleteFunc(d.layers, func(x *layer) bool { return x == l })
+	d.reshieldLocked()
+}

@@ -1,0 +1,156 @@
+// Images: one device's content in one snapshot.
+
+package cow
+
+import (
+	"fmt"
+	"io"
+	"sync/atomic"
+	"syscall"
+
+	"blksnap/cbt"
+)
+
+// Image is one device's content in one snapshot: what the device held at the
+// snapshot's instant, for as long as the image is healthy. It is as long as the
+// device was and read-only. Its methods may be called from many goroutines at
+// once.
+type Image struct {
+	device   *Device
+	snapshot *Snapshot
+	layer    *layer
+	frozen   *cbt.Frozen
+
+	fault  atomic.Pointer[fault] // nil while the image is healthy
+	gone   chan struct{}         // closed when it is destroyed
+	extent extents
+
+	users int // protected by Snapshot.mu
+}
+
+// Device is whose content it is.
+func (i *Image) Device() *Device { return i.device }
+
+// Size is in bytes and constant.
+func (i *Image) Size() int64 { return i.device.Size() }
+
+// State is "ok", "overflowed", or "failed: " and why.
+func (i *Image) State() string {
+	if f := i.fault.Load(); f != nil {
+		return f.state
+	}
+	return "ok"
+}
+
+// Err is nil while the image is healthy, else what its requests are answered
+// with.
+func (i *Image) Err() error {
+	if f := i.fault.Load(); f != nil {
+		return f.err
+	}
+	return nil
+}
+
+// Gone is closed when the image is destroyed.
+func (i *Image) Gone() <-chan struct{} { return i.gone }
+
+// Acquire says that the image is in use, so that destroying it without force is
+// refused. It fails where the image is destroyed or lost.
+func (i *Image) Acquire() error {
+	i.snapshot.mu.Lock()
+	defer i.snapshot.mu.Unlock()
+	if i.snapshot.destroyed {
+		return ErrDestroyed
+	}
+	if err := i.Err(); err != nil {
+		return err
+	}
+	i.users++
+	return nil
+}
+
+// Release takes back one Acquire.
+func (i *Image) Release() {
+	i.snapshot.mu.Lock()
+	defer i.snapshot.mu.Unlock()
+	i.users--
+}
+
+// ReadAt is Read by the rules of io.ReaderAt: at the end of the image it returns
+// io.EOF.
+func (i *Image) ReadAt(p []byte, off int64) (int, error) {
+	if off < 0 {
+		return 0, fmt.Errorf("read image at %d: %w", off, syscall.EINVAL)
+	}
+	n := len(p)
+	if rest := max(0, i.Size()-off); int64(n) > rest {
+		n = int(rest)
+	}
+	if n > 0 {
+		if err := i.Read(p[:n], off); err != nil {
+			return 0, err
+		}
+	}
+	if n < len(p) {
+		return n, io.EOF
+	}
+	return n, nil
+}
+
+// Writable is false, and everything that would change the image fails with EROFS.
+func (i *Image) Writable() bool { return false }
+
+// ReadOnly is true.
+func (i *Image) ReadOnly() bool { return true }
+
+func (i *Image) errReadOnly() error {
+	return fmt.Errorf("image %s@%s is read-only: %w", i.device.name, i.snapshot.name, syscall.EROFS)
+}
+
+// WriteAt fails with EROFS.
+func (i *Image) WriteAt(p []byte, off int64) (int, error) { return 0, i.errReadOnly() }
+
+// Write fails with EROFS.
+func (i *Image) Write(p []byte, off int64, fua bool) error { return i.errReadOnly() }
+
+// Zero fails with EROFS.
+func (i *Image) Zero(off, n int64) error { return i.errReadOnly() }
+
+// WriteZeroes fails with EROFS.
+func (i *Image) WriteZeroes(off, n int64, f zeroFlags) error { return i.errReadOnly() }
+
+// Trim fails with EROFS.
+func (i *Image) Trim(off, n int64, fua bool) error { return i.errReadOnly() }
+
+// Flush has nothing to do.
+func (i *Image) Flush() error { return i.Err() }
+
+// Sync has nothing to do.
+func (i *Image) Sync() error { return i.Err() }
+
+// Cache is a hint that the range will be read soon.
+func (i *Image) Cache(off, n int64) error {
+	i.device.file.willNeed(off, n)
+	return i.Err()
+}
+
+// end takes the image's health away and says whether it had any. From then on
+// its requests fail, writers preserve nothing for it, and what only it needed
+// goes back to the snapstore.
+func (i *Image) end(f *fault) bool {
+	if !i.fault.CompareAndSwap(nil, f) {
+		return false
+	}
+	i.device.retireImage(i)
+	return true
+}
+
+// destroy ends the image, also if it was lost before.
+func (i *Image) destroy() {
+	f := &fault{err: ErrDestroyed, state: "failed: destroyed"}
+	if !i.end(f) {
+		i.fault.Store(f)
+	}
+	close(i.gone)
+	i.frozen.Release()
+}

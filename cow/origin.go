@@ -1,0 +1,228 @@
+// The origin: the file or block device that always holds the current data.
+
+package cow
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// SectorSize is what an origin's size must be a multiple of.
+const SectorSize = 512
+
+// originFile is what the engine needs of an origin; *hostFile is the real one,
+// tests put faults and gates in between.
+type originFile interface {
+	io.ReaderAt
+	io.WriterAt
+
+	// tryReadAt reads what needs no wait for a disk; EAGAIN where that is not
+	// all of p.
+	tryReadAt(p []byte, off int64) error
+
+	// tryWriteAt writes p unless that would wait for a disk: EAGAIN.
+	tryWriteAt(p []byte, off int64) error
+
+	// sync returns nil when everything that was written is on stable storage.
+	sync() error
+
+	// zero makes the range read as zeroes and frees it if free is set;
+	// EOPNOTSUPP where that needs plain writes.
+	zero(off, n int64, free bool) error
+
+	// next returns the end of the run of data or hole that begins at off, not
+	// beyond end. What cannot tell holes is all data.
+	next(off, end int64) (hole bool, to int64, err error)
+
+	// willNeed is a hint.
+	willNeed(off, n int64)
+
+	Close() error
+}
+
+// Origin is an opened, checked and locked origin.
+type Origin struct {
+	path string
+	size int64
+	file originFile
+}
+
+// OpenOrigin opens the raw image file or block device at path for reading and
+// writing and locks it: against a second blksnap (flock), against QEMU (its
+// byte-range locks), and a block device against mounts and every other exclusive
+// user. It refuses what is not a file or block device, is empty, or is no
+// multiple of SectorSize long, and what something else is using; the error says
+// which and is one line.
+func OpenOrigin(path string) (*Origin, error) {
+	o, err := openOrigin(path)
+	if err != nil {
+		return nil, fmt.Errorf("origin %s: %w", path, err)
+	}
+	return o, nil
+}
+
+func openOrigin(path string) (*Origin, error) {
+	path, err := filepath.Abs(path)
+	if err != nil {
+		return nil, err
+	}
+	st, err := os.Stat(path)
+	if err != nil {
+		return nil, cause(err)
+	}
+	flags := os.O_RDWR
+	switch {
+	case st.Mode().IsRegular():
+	case isBlockDevice(st.Mode()):
+		flags |= syscall.O_EXCL
+	case st.IsDir():
+		return nil, errors.New("is a directory, not a file or block device")
+	default:
+		return nil, errors.New("is neither a regular file nor a block device")
+	}
+	f, err := os.OpenFile(path, flags, 0)
+	if errors.Is(err, syscall.EBUSY) {
+		return nil, fmt.Errorf("is mounted or otherwise in use: %w", syscall.EBUSY)
+	}
+	if err != nil {
+		return nil, cause(err)
+	}
+	size, err := checkOrigin(f, st)
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	h := &hostFile{File: f, block: isBlockDevice(st.Mode())}
+	return &Origin{path: path, size: size, file: h}, nil
+}
+
+// checkOrigin returns the size of an origin that nobody else is using, locked.
+func checkOrigin(f *os.File, st fs.FileInfo) (int64, error) {
+	size, err := f.Seek(0, io.SeekEnd)
+	switch {
+	case err != nil:
+		return 0, cause(err)
+	case size == 0:
+		return 0, errors.New("is empty")
+	case size%SectorSize != 0:
+		return 0, fmt.Errorf("is %d bytes long, not a multiple of %d", size, SectorSize)
+	}
+	if err := lockOrigin(f); err != nil {
+		return 0, err
+	}
+	if dev, err := loopBackedBy(st); err != nil {
+		return 0, err
+	} else if dev != "" {
+		return 0, fmt.Errorf("is in use: it backs %s: %w", dev, syscall.EBUSY)
+	}
+	return size, nil
+}
+
+// Path is absolute.
+func (o *Origin) Path() string { return o.path }
+
+// Size is in bytes.
+func (o *Origin) Size() int64 { return o.size }
+
+// Close gives the locks back.
+func (o *Origin) Close() error { return o.file.Close() }
+
+func isBlockDevice(m fs.FileMode) bool {
+	return m&fs.ModeDevice != 0 && m&fs.ModeCharDevice == 0
+}
+
+// cause strips the operation and path from an error that will be told with the
+// path.
+func cause(err error) error {
+	if pe := (*fs.PathError)(nil); errors.As(err, &pe) {
+		return pe.Err
+	}
+	return err
+}
+
+// hostFile is a file or block device of the host, through its page cache.
+type hostFile struct {
+	*os.File
+	block bool
+}
+
+func (f *hostFile) tryReadAt(p []byte, off int64) error {
+	n, err := unix.Preadv2(int(f.Fd()), [][]byte{p}, off, unix.RWF_NOWAIT)
+	if err == nil && n < len(p) {
+		return syscall.EAGAIN
+	}
+	return err
+}
+
+// tryWriteLimit is up to where a write into the page cache counts as one that
+// does not wait.
+const tryWriteLimit = 128 << 10
+
+// tryWriteAt writes whole blocks into the page cache. (RWF_NOWAIT would be the
+// word for it, but ext4 refuses it for buffered writes; and a part of a page may
+// have to be read first.)
+func (f *hostFile) tryWriteAt(p []byte, off int64) error {
+	if len(p) > tryWriteLimit || (off|int64(len(p)))&(blockSize-1) != 0 {
+		return syscall.EAGAIN
+	}
+	_, err := f.WriteAt(p, off)
+	return err
+}
+
+func (f *hostFile) sync() error {
+	for {
+		if err := unix.Fdatasync(int(f.Fd())); err != unix.EINTR {
+			return err
+		}
+	}
+}
+
+func (f *hostFile) zero(off, n int64, free bool) error {
+	mode := uint32(unix.FALLOC_FL_ZERO_RANGE)
+	if free {
+		mode = unix.FALLOC_FL_PUNCH_HOLE
+	}
+	for {
+		err := unix.Fallocate(int(f.Fd()), mode|unix.FALLOC_FL_KEEP_SIZE, off, n)
+		switch err {
+		case unix.EINTR:
+			continue
+		case unix.EINVAL: // a block device and a range that is not aligned to its sectors
+			return syscall.EOPNOTSUPP
+		}
+		return err
+	}
+}
+
+func (f *hostFile) next(off, end int64) (hole bool, to int64, err error) {
+	if f.block {
+		return false, end, nil
+	}
+	data, err := unix.Seek(int(f.Fd()), off, unix.SEEK_DATA)
+	switch {
+	case err == unix.ENXIO:
+		return true, end, nil
+	case err == unix.EINVAL:
+		return false, end, nil
+	case err != nil:
+		return false, off, err
+	case data > off:
+		return true, min(data, end), nil
+	}
+	to, err = unix.Seek(int(f.Fd()), off, unix.SEEK_HOLE)
+	if err != nil {
+		return false, off, err
+	}
+	return false, min(to, end), nil
+}
+
+func (f *hostFile) willNeed(off, n int64) {
+	unix.Fadvise(int(f.Fd()), off, n, unix.FADV_WILLNEED)
+}

@@ -1,0 +1,68 @@
+// Losing images, so that the origin need not wait.
+
+package cow
+
+import (
+	"errors"
+	"fmt"
+	"syscall"
+
+	"blksnap/store"
+)
+
+// fault is why an image has no health any more. It never changes.
+type fault struct {
+	err   error  // what requests are answered with; matches one of the Err values
+	state string // what the image's state says
+}
+
+func overflowed() *fault {
+	return &fault{err: ErrOverflowed, state: "overflowed"}
+}
+
+func failed(err error) *fault {
+	return &fault{err: fmt.Errorf("%w: %w", ErrFailed, err), state: "failed: " + err.Error()}
+}
+
+// lose breaks exactly the images that needed the blocks mask of chunk c, which
+// could not be preserved because of err: those newer than the newest layer that
+// holds a block, for the block where that layer is the oldest. The caller holds
+// the chunk's lock, and changes the origin only afterwards.
+func (d *Device) lose(c chunkNo, mask uint16, err error) {
+	f := failed(err)
+	if errors.Is(err, store.ErrFull) || errors.Is(err, syscall.ENOSPC) {
+		f = overflowed()
+	}
+	d.mu.Lock()
+	keep := len(d.layers) // images of layers[keep:] break
+	for keep > 0 && mask != 0 {
+		mask &^= d.layers[keep-1].table.load(c).mask()
+		keep--
+	}
+	if mask == 0 {
+		keep++
+	}
+	var lost []*Image
+	for _, l := range d.layers[min(keep, len(d.layers)):] {
+		if l.image != nil {
+			lost = append(lost, l.image)
+		}
+	}
+	d.mu.Unlock()
+	for _, i := range lost {
+		d.breakImage(i, f, err)
+	}
+}
+
+// breakImage ends an image that is lost and tells about it, once.
+func (d *Device) breakImage(i *Image, f *fault, err error) {
+	if !i.end(f) {
+		return
+	}
+	kind := EventSnapshotFailed
+	if f.err == ErrOverflowed {
+		kind = EventSnapshotOverflowed
+	}
+	d.cfg.Log.Error("snapshot lost", "snapshot", i.snapshot.name, "err", err)
+	d.event(kind, i.snapshot.name, err.Error())
+}

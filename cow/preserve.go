@@ -1,0 +1,356 @@
+// Preserving: copying old content to the snapstore before it is overwritten.
+//
+// A write that finds blocks unpreserved takes the locks of their chunks, looks
+// again, and for what is still missing: takes slots, reads the origin, writes the
+// slots, publishes the words. Then, and only then, the origin may change.
+// Neighbouring chunks get neighbouring slots where the pool can, so that a large
+// write is preserved by one read and one write.
+//
+// Everything that can go wrong here ends in the same way: the images that needed
+// the block break (overflow.go), and the write goes on.
+
+package cow
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/bits"
+	"sync"
+	"time"
+
+	"blksnap/store"
+)
+
+// maxFailedParts is how many parts of the snapstore may fail one window before
+// its images are given up.
+const maxFailedParts = 4
+
+// window is how many chunks are locked, and copied, at a time.
+const window = 16
+
+// preserve preserves what [off, off+n) touches. The caller is inside the gate
+// and has seen s there. If the snapstore is full and mayWait is set, it returns
+// store.ErrFull and some of the range may be preserved; in every other case of
+// failure it has broken the images that needed the blocks, and returns nil.
+func (d *Device) preserve(s *shield, off, n int64, mayWait bool) error {
+	for n > 0 {
+		c := chunkNo(off >> chunkShift)
+		m := min(n, (c+window).off()-off)
+		if !s.covers(off, m) {
+			if err := d.preserveWindow(s, off, m, mayWait); err != nil {
+				return err
+			}
+		}
+		off, n = off+m, n-m
+	}
+	return nil
+}
+
+// missing is what must be preserved of one chunk.
+type missing struct {
+	chunk chunkNo
+	mask  uint16 // blocks to copy
+	word  word   // the head's word as it is
+	slot  store.Slot
+}
+
+// batch is the work of one window. Batches are reused: they hold the buffer.
+type batch struct {
+	missing []missing
+	slots   [window]store.Slot
+	masks   [window]uint16
+	buf     []byte // window * chunkSize bytes
+}
+
+// done gives the batch back after its last use ended with err. A write that hangs
+// may look at the buffer at any later time: it is not used again.
+func (b *batch) done(err error) {
+	if !errors.Is(err, errStuck) {
+		batches.Put(b)
+	}
+}
+
+var batches = sync.Pool{New: func() any {
+	return &batch{missing: make([]missing, 0, window), buf: make([]byte, window*chunkSize)}
+}}
+
+// preserveWindow is preserve for at most window chunks.
+func (d *Device) preserveWindow(s *shield, off, n int64, mayWait bool) error {
+	first, last := chunkNo(off>>chunkShift), chunkNo((off+n-1)>>chunkShift)
+	d.lockChunks(first, last)
+	defer d.unlockChunks(first, last)
+
+	b := batches.Get().(*batch)
+	b.missing = b.missing[:0]
+	head := s.head().table
+	for sp := range spans(off, n) {
+		if m := sp.mask() &^ s.mask(sp.chunk); m != 0 {
+			b.missing = append(b.missing, missing{chunk: sp.chunk, mask: m, word: head.load(sp.chunk)})
+		}
+	}
+	err := d.preserveBatch(head, b)
+	defer b.done(err)
+	if err == nil || mayWait && errors.Is(err, store.ErrFull) {
+		return err
+	}
+	for _, m := range b.missing {
+		d.lose(m.chunk, m.mask, err)
+	}
+	return nil
+}
+
+// preserveBatch preserves b.missing in head and removes from it what it has
+// preserved.
+func (d *Device) preserveBatch(head *table, b *batch) error {
+	if len(b.missing) == 0 {
+		return nil
+	}
+	first, last := b.missing[0].chunk, b.missing[len(b.missing)-1].chunk
+	if err := head.reserve(first, int(last-first)+1); err != nil {
+		return fmt.Errorf("%w: %w", store.ErrFull, err)
+	}
+	if err := d.preserveHoles(head, b); err != nil {
+		return err
+	}
+	for failed := 0; len(b.missing) > 0; {
+		k, err := d.takeSlots(b)
+		if err != nil {
+			return err
+		}
+		err = d.copyOut(head, b, k)
+		switch {
+		case err == nil:
+			b.missing = append(b.missing[:0], b.missing[k:]...)
+		case errors.Is(err, errSlotIO) && failed < maxFailedParts:
+			failed++ // the pool gives no slots of a failed part: try the next
+		default:
+			return err
+		}
+	}
+	return nil
+}
+
+// preserveHoles publishes zeroWord for the chunks that are a hole in the origin
+// and of which nothing is preserved yet: they need no slot and no copy. Nobody
+// can fill the hole meanwhile: a write to any block of such a chunk needs the
+// chunk's lock, unless an older layer of the shield has the block, and then
+// nobody looks for it here.
+func (d *Device) preserveHoles(head *table, b *batch) error {
+	end := min(b.missing[len(b.missing)-1].chunk.off()+chunkSize, d.Size())
+	var hole bool // of the run that ends at to
+	var to int64
+	rest := b.missing[:0]
+	for _, m := range b.missing {
+		from := m.chunk.off()
+		if to <= from {
+			var err error
+			if hole, to, err = d.file.next(from, end); err != nil {
+				return d.originError("find holes of", from, err)
+			}
+		}
+		if hole && to >= min(from+chunkSize, d.Size()) && m.word == 0 {
+			head.store(m.chunk, zeroWord)
+			continue
+		}
+		rest = append(rest, m)
+	}
+	b.missing = rest
+	return nil
+}
+
+// takeSlots finds a slot for the first k >= 1 of b.missing.
+func (d *Device) takeSlots(b *batch) (k int, err error) {
+	if m := &b.missing[0]; m.word.hasSlot() {
+		// Some of this chunk is preserved: the rest belongs to the same slot.
+		m.slot = m.word.slot()
+		if err := d.pool.Extend(m.slot, m.mask); err == nil {
+			return 1, nil
+		}
+		return 1, d.moveChunk(b)
+	}
+	for k < len(b.missing) && !b.missing[k].word.hasSlot() && (k == 0 || b.missing[k].chunk == b.missing[k-1].chunk+1) {
+		b.masks[k] = b.missing[k].mask
+		k++
+	}
+	k, err = d.pool.Alloc(b.slots[:k], b.masks[:k])
+	for i := range k {
+		b.missing[i].slot = b.slots[i]
+	}
+	return k, err
+}
+
+// moveChunk takes a new slot for the first of b.missing, whose part has no room
+// for more blocks, and asks for all of its blocks to be copied there. The old
+// slot is given back when no reader can be using it.
+func (d *Device) moveChunk(b *batch) error {
+	m := &b.missing[0]
+	b.masks[0] = m.mask | m.word.mask()
+	if _, err := d.pool.Alloc(b.slots[:1], b.masks[:1]); err != nil {
+		return err
+	}
+	m.slot = b.slots[0]
+	return nil
+}
+
+// copyOut copies the first k of b.missing to their slots and publishes their
+// words. If it fails the slots are given back, and nothing was published.
+func (d *Device) copyOut(head *table, b *batch, k int) error {
+	err := d.fill(b, k)
+	for i := range k {
+		m := &b.missing[i]
+		if err != nil {
+			d.giveBack(m, err)
+			continue
+		}
+		head.store(m.chunk, makeWord(m.slot, m.word.mask()|m.mask))
+		if m.word.hasSlot() && m.slot != m.word.slot() {
+			d.retire(m.word)
+		}
+	}
+	return err
+}
+
+// giveBack undoes takeSlots for one chunk after its copy failed.
+func (d *Device) giveBack(m *missing, err error) {
+	if m.slot == m.word.slot() {
+		d.unextend(m.slot, m.mask, err)
+		return
+	}
+	d.unalloc(m.slot, m.word.mask()|m.mask, err)
+}
+
+// unextend takes blocks out of a slot again, which stays in use for others, after
+// an attempt to write them ended with err.
+func (d *Device) unextend(s store.Slot, mask uint16, err error) {
+	if errors.Is(err, errStuck) {
+		d.markStuck(s)
+	}
+	d.pool.Shrink(s, mask)
+}
+
+// unalloc does the same with a slot that is in use for nothing else.
+func (d *Device) unalloc(s store.Slot, mask uint16, err error) {
+	if errors.Is(err, errStuck) {
+		d.pool.Quarantine(s)
+		return
+	}
+	d.pool.Free(s, mask)
+}
+
+// fill writes the missing blocks of b.missing[:k] into their slots.
+func (d *Device) fill(b *batch, k int) error {
+	if m := b.missing[0]; m.word.hasSlot() && m.slot != m.word.slot() {
+		if err := d.fillMoved(m, b.buf); err != nil {
+			return err
+		}
+	}
+	// One read for all, from the first missing block to the last: what lies
+	// between is read along, which costs less than another read.
+	first, last := b.missing[0], b.missing[k-1]
+	from := first.chunk.off() + int64(bits.TrailingZeros16(first.mask))<<blockShift
+	to := last.chunk.off() + int64(bits.Len16(last.mask))<<blockShift
+	buf := b.buf[:to-from]
+	if err := d.readBlocks(buf, from); err != nil {
+		return err
+	}
+	// One write for each run that is contiguous in origin and slots alike.
+	var start, end int64 // of the run, in the origin
+	var slot store.Slot  // of the chunk that the run starts in
+	write := func() error {
+		if end == start {
+			return nil
+		}
+		return d.copier.write(slot, buf[start-from:end-from], start&(chunkSize-1))
+	}
+	for i, m := range b.missing[:k] {
+		for f, n := range runs(m.mask) {
+			at := m.chunk.off() + int64(f)<<blockShift
+			joins := i > 0 && at == end && m.slot == b.missing[i-1].slot+1
+			if !joins {
+				if err := write(); err != nil {
+					return err
+				}
+				start, slot = at, m.slot
+			}
+			end = at + int64(n)<<blockShift
+		}
+	}
+	return write()
+}
+
+// fillMoved copies what is preserved of a chunk that moves to another slot.
+func (d *Device) fillMoved(m missing, buf []byte) error {
+	for f, n := range runs(m.word.mask()) {
+		p, at := buf[:n<<blockShift], int64(f)<<blockShift
+		if err := d.copier.read(m.word.slot(), p, at); err != nil {
+			return err
+		}
+		if err := d.copier.write(m.slot, p, at); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// readBlocks reads whole blocks of the origin; what is beyond its end reads as
+// zeroes.
+func (d *Device) readBlocks(p []byte, off int64) error {
+	if beyond := off + int64(len(p)) - d.Size(); beyond > 0 {
+		n := int64(len(p)) - beyond
+		clear(p[n:])
+		p = p[:n]
+	}
+	if _, err := d.file.ReadAt(p, off); err != nil {
+		return d.originError("preserve", off, err)
+	}
+	return nil
+}
+
+// lockChunks takes the locks of chunks first to last, fewer than stripes, in
+// ascending order of the locks.
+func (d *Device) lockChunks(first, last chunkNo) {
+	for i := range d.stripesOf(first, last) {
+		d.chunkLocks[i].Lock()
+	}
+}
+
+func (d *Device) unlockChunks(first, last chunkNo) {
+	for i := range d.stripesOf(first, last) {
+		d.chunkLocks[i].Unlock()
+	}
+}
+
+func (d *Device) stripesOf(first, last chunkNo) func(func(chunkNo) bool) {
+	return func(yield func(chunkNo) bool) {
+		a, z := first%stripes, last%stripes
+		if a > z { // the range wraps around
+			for i := range z + 1 {
+				if !yield(i) {
+					return
+				}
+			}
+			z = stripes - 1
+		}
+		for i := a; i <= z; i++ {
+			if !yield(i) {
+				return
+			}
+		}
+	}
+}
+
+// waitForSpace waits until space was freed or added in the snapstore since the
+// pool's counter was freed, the deadline, or the device's end.
+func (d *Device) waitForSpace(freed uint64, deadline time.Time) {
+	ctx, cancel := context.WithDeadline(context.Background(), deadline)
+	defer cancel()
+	go func() {
+		select {
+		case <-d.stop:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	d.pool.Wait(ctx, freed) // whatever ended the wait, the caller looks again
+}

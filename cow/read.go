@@ -1,0 +1,157 @@
+// Reading an image.
+//
+// A block of an image is in the first of these that has it: the image's layer,
+// newer layers in order up to the head, the origin. While it is read it can move
+// one step to the left: a writer preserves it, or the reclaimer folds its layer
+// into an older one (the reclaimer turns the readers' gate between two folds, so
+// no block moves twice under one reader). What a reader found in the origin, or in any layer but the
+// first, may thus be newer than the image when it comes to read it; but then the
+// block was published further left before. So a reader looks up where the blocks
+// are, reads them, and looks up again: blocks that are still where they were were
+// right, the others are read once more.
+//
+// Slots and tables that a reader may have found are not given back while it is
+// inside Device.readers.
+
+package cow
+
+import (
+	"fmt"
+	"sync"
+
+	"blksnap/store"
+)
+
+// place says where a block of an image is.
+type place uint64
+
+const (
+	inOrigin place = 0
+	isZero   place = 1
+	// Any other is a block in a slot: slot * blocksPerChunk + block, so that
+	// blocks that are neighbours in the snapstore have places that are.
+)
+
+func placeIn(s store.Slot, block int) place {
+	return place(s)*blocksPerChunk + place(block)
+}
+
+// follows says whether q is where the block after that at p would be read along
+// with it.
+func (p place) follows(q place) bool {
+	if p <= isZero {
+		return q == p
+	}
+	return q == p+1
+}
+
+// readWindow is how many bytes are looked up at a time.
+const readWindow = 1 << 20
+
+// lookup is room for the places of a window, which need not begin at a block.
+type lookup struct {
+	was, is [readWindow>>blockShift + 1]place
+}
+
+var lookups = sync.Pool{New: func() any { return new(lookup) }}
+
+// Read fills p with the image's bytes from off on, which lie within Size. It
+// fails where the image is destroyed or lost, also if that happens meanwhile, and
+// where the origin or the snapstore fails.
+func (i *Image) Read(p []byte, off int64) error {
+	g, _ := i.device.readers.tryEnter() // never shut
+	defer i.device.readers.leave(g)
+	// Only inside is it certain that the layers of a healthy image stay.
+	if err := i.Err(); err != nil {
+		return err
+	}
+	l := lookups.Get().(*lookup)
+	defer lookups.Put(l)
+	for len(p) > 0 {
+		n := min(len(p), readWindow)
+		if err := i.read(l, p[:n], off); err != nil {
+			return err
+		}
+		p, off = p[n:], off+int64(n)
+	}
+	// Only now ask whether the image is still good: a write that could not
+	// preserve a block broke the image before it changed the block.
+	return i.Err()
+}
+
+func (i *Image) read(l *lookup, p []byte, off int64) error {
+	first := off >> blockShift
+	n := int((off+int64(len(p))-1)>>blockShift-first) + 1
+	was, is := l.was[:n], l.is[:n]
+	i.locate(is, off, int64(len(p)))
+	// In the first round nothing was read yet.
+	moved := func(int) bool { return true }
+	for {
+		again := false
+		for b := 0; b < n; {
+			if !moved(b) {
+				b++
+				continue
+			}
+			end := b + 1
+			for end < n && moved(end) && is[end-1].follows(is[end]) {
+				end++
+			}
+			if err := i.readRun(p, off, first+int64(b), first+int64(end), is[b]); err != nil {
+				return err
+			}
+			again = true
+			b = end
+		}
+		if !again {
+			return nil
+		}
+		was, is = is, was
+		i.locate(is, off, int64(len(p)))
+		moved = func(b int) bool { return was[b] != is[b] }
+	}
+}
+
+// readRun reads blocks [b, end), the first of which is at pl, as far as p holds
+// them; p begins at byte off of the image.
+func (i *Image) readRun(p []byte, off, b, end int64, pl place) error {
+	from, to := max(b<<blockShift, off), min(end<<blockShift, off+int64(len(p)))
+	part := p[from-off : to-off]
+	switch pl {
+	case isZero:
+		clear(part)
+		return nil
+	case inOrigin:
+		return i.device.Read(part, from)
+	}
+	s, block := store.Slot(pl/blocksPerChunk), int64(pl%blocksPerChunk)
+	if err := i.device.pool.ReadAt(s, part, block<<blockShift+from-b<<blockShift); err != nil {
+		err = fmt.Errorf("read snapstore: %w", err)
+		i.device.breakImage(i, failed(err), err)
+		return i.Err()
+	}
+	return nil
+}
+
+// locate finds the places of the blocks that [off, off+n) touches.
+func (i *Image) locate(places []place, off, n int64) {
+	clear(places) // all inOrigin
+	first := off >> blockShift
+	for sp := range spans(off, n) {
+		at := int64(sp.chunk)*blocksPerChunk - first // of the chunk's first block in places
+		want := sp.mask()
+		for l := i.layer; l != nil && want != 0; l = l.newer.Load() {
+			w := l.table.load(sp.chunk)
+			for b, blocks := range runs(w.mask() & want) {
+				for k := b; k < b+blocks; k++ {
+					if w.hasSlot() {
+						places[at+int64(k)] = placeIn(w.slot(), k)
+					} else {
+						places[at+int64(k)] = isZero
+					}
+				}
+			}
+			want &^= w.mask()
+		}
+	}
+}

@@ -1,0 +1,276 @@
+// Giving back what no healthy image needs any more.
+//
+// One goroutine for each device does this, in rounds. Nothing waits for it but,
+// for a moment, those who destroy a snapshot. A round
+//
+//  1. waits until every writer looks at the present shield, so that nobody adds
+//     to a layer for an image that has ended;
+//  2. cuts off the layers older than the oldest healthy image's: nobody reads
+//     through them;
+//  3. folds each nameless layer between others into its older neighbour, oldest
+//     first, so that the neighbour always has an image (fold.go);
+//  4. takes out of a nameless head what older layers have as well: the newest
+//     healthy image finds it there, and so do all others;
+//  5. waits until no reader and no writer can still be looking at what was cut
+//     off, and gives it back.
+//
+// What a layer holds is needed only by an image that finds it in no older layer
+// of its chain. After 2 to 4 that holds for every word: check.go proves it.
+
+package cow
+
+import (
+	"errors"
+	"slices"
+	"time"
+
+	"blksnap/store"
+)
+
+// settleLimit is how long destroying a snapshot waits for its space to come
+// back. Only a hanging disk makes it wait so long.
+const settleLimit = 2 * time.Second
+
+// scrap is what a round has found to be useless.
+type scrap struct {
+	tables []*table // with all their words
+	empty  []*table // without words
+	words  []word   // whole slots
+	shrunk []word   // single blocks of slots that stay
+	moved  bool     // a word went from one table to another
+}
+
+func (s *scrap) none() bool {
+	return len(s.tables)+len(s.empty)+len(s.words)+len(s.shrunk) == 0 && !s.moved
+}
+
+// retireImage takes an image that has ended from its device.
+func (d *Device) retireImage(i *Image) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.images = slices.DeleteFunc(d.images, func(j *Image) bool { return j == i })
+	i.layer.image = nil
+	d.reshieldLocked()
+	d.askLocked()
+}
+
+// retire gives a slot back that a word no longer names, once no reader can be
+// using it.
+func (d *Device) retire(w word) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.retired = append(d.retired, w)
+	d.askLocked()
+}
+
+// reshieldLocked publishes the layers from the newest healthy image's on, or
+// nothing where there is none.
+func (d *Device) reshieldLocked() {
+	for n := len(d.layers) - 1; n >= 0; n-- {
+		if d.layers[n].image != nil {
+			d.shield.Store(&shield{layers: slices.Clone(d.layers[n:])})
+			return
+		}
+	}
+	d.shield.Store(nil)
+}
+
+// askLocked asks for a round that sees everything up to now.
+func (d *Device) askLocked() {
+	d.asked++
+	select {
+	case d.wake <- struct{}{}:
+	default:
+	}
+}
+
+// settle waits until everything that was useless at the call was given back, at
+// most limit, and says whether it was.
+func (d *Device) settle(limit time.Duration) bool {
+	late := time.AfterFunc(limit, func() {
+		d.mu.Lock()
+		d.settled.Broadcast()
+		d.mu.Unlock()
+	})
+	defer late.Stop()
+	deadline := time.Now().Add(limit)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for want := d.asked; d.round < want; {
+		if !time.Now().Before(deadline) {
+			return false
+		}
+		d.settled.Wait()
+	}
+	return true
+}
+
+// reclaim does rounds until the device stops.
+func (d *Device) reclaim() {
+	defer d.running.Done()
+	for {
+		select {
+		case <-d.stop:
+			return
+		case <-d.wake:
+		}
+		d.mu.Lock()
+		round := d.asked
+		d.mu.Unlock()
+		if !d.reclaimRound() {
+			return
+		}
+		d.mu.Lock()
+		d.round = round
+		d.settled.Broadcast()
+		d.mu.Unlock()
+	}
+}
+
+// reclaimRound does one round; false when the device stops.
+func (d *Device) reclaimRound() bool {
+	var s scrap
+	d.mu.Lock()
+	s.words, d.retired = d.retired, nil
+	useless := slices.IndexFunc(d.layers, func(l *layer) bool { return l.image != nil })
+	if useless < 0 {
+		useless = len(d.layers)
+	}
+	d.mu.Unlock()
+	if !d.writers.turn(d.stop) {
+		d.keep(s)
+		return false
+	}
+
+	// Layers only join at the end meanwhile, and no image comes to an old one.
+	d.mu.Lock()
+	for _, l := range d.layers[:useless] {
+		s.tables = append(s.tables, l.table)
+	}
+	d.layers = slices.Delete(d.layers, 0, useless)
+	d.mu.Unlock()
+
+	d.foldAll(&s)
+	d.pruneHead(&s)
+	if !d.giveUp(&s) {
+		d.keep(s)
+		return false
+	}
+	return true
+}
+
+// keep leaves scrap for closeTables.
+func (d *Device) keep(s scrap) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.scrap = s
+}
+
+// giveUp gives scrap back when nobody looks at it any more; false when the device
+// stops before.
+func (d *Device) giveUp(s *scrap) bool {
+	if s.none() {
+		return true
+	}
+	if !d.readers.turn(d.stop) || len(s.empty) > 0 && !d.writers.turn(d.stop) {
+		return false
+	}
+	if err := d.free(s); err != nil {
+		d.cfg.Log.Warn("cannot give memory back", "err", err)
+	}
+	*s = scrap{}
+	return true
+}
+
+// free gives scrap back.
+func (d *Device) free(s *scrap) error {
+	var errs []error
+	for _, t := range s.tables {
+		for _, w := range t.from(0) {
+			d.freeSlot(w)
+		}
+		errs = append(errs, t.close())
+	}
+	for _, t := range s.empty {
+		errs = append(errs, t.close())
+	}
+	for _, w := range s.words {
+		d.freeSlot(w)
+	}
+	for _, w := range s.shrunk {
+		d.pool.Shrink(w.slot(), w.mask())
+	}
+	return errors.Join(errs...)
+}
+
+// freeSlot gives the slot of a word back, if it has one. A slot that a write
+// hangs in is not used again.
+func (d *Device) freeSlot(w word) {
+	if !w.hasSlot() {
+		return
+	}
+	d.mu.Lock()
+	stuck := d.stuck[w.slot()]
+	delete(d.stuck, w.slot())
+	d.mu.Unlock()
+	if stuck {
+		d.pool.Quarantine(w.slot())
+		return
+	}
+	d.pool.Free(w.slot(), w.mask())
+}
+
+// markStuck notes that a write hangs in a slot that is in use.
+func (d *Device) markStuck(s store.Slot) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.stuck == nil {
+		d.stuck = make(map[store.Slot]bool)
+	}
+	d.stuck[s] = true
+}
+
+// closeTables gives everything back when the device closes: the reclaimer has
+// ended, and requests are answered with ErrStopping. It waits for those that are
+// inside, because they are looking at the tables.
+func (d *Device) closeTables() error {
+	d.writers.turn(nil)
+	d.readers.turn(nil)
+	d.mu.Lock()
+	s := d.scrap
+	s.words = append(s.words, d.retired...)
+	for _, l := range d.layers {
+		s.tables = append(s.tables, l.table)
+	}
+	d.scrap, d.retired, d.layers = scrap{}, nil, nil
+	d.mu.Unlock()
+	return d.free(&s)
+}
+
+// pruneHead takes the blocks out of a nameless head that an older layer of the
+// shield has as well.
+func (d *Device) pruneHead(s *scrap) {
+	sh := d.shield.Load()
+	if sh == nil || len(sh.layers) == 1 {
+		return
+	}
+	head := sh.head().table
+	older := shield{layers: sh.layers[:len(sh.layers)-1]}
+	for c := range head.from(0) {
+		d.lockChunks(c, c)
+		w := head.load(c)
+		twice := w.mask() & older.mask(c)
+		switch {
+		case twice == 0:
+		case twice == w.mask():
+			head.store(c, 0)
+			s.words = append(s.words, w)
+		case w == zeroWord:
+			// Always all 16 blocks; it holds no slot, so nothing is gained.
+		default:
+			head.store(c, makeWord(w.slot(), w.mask()&^twice))
+			s.shrunk = append(s.shrunk, makeWord(w.slot(), twice))
+		}
+		d.unlockChunks(c, c)
+	}
+}

@@ -1,0 +1,241 @@
+// Snapshots: taking one of several devices at one instant, destroying it.
+
+package cow
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// Snapshot is the state of one or more devices at one instant.
+type Snapshot struct {
+	name    string
+	created time.Time
+	held    time.Duration
+	images  []*Image // by name of the device
+
+	// mu protects the images' users. Never held across I/O.
+	mu        sync.Mutex
+	destroyed bool
+}
+
+// takeLimit is how long writes in flight are waited for by default.
+const takeLimit = 2 * time.Second
+
+// prepared is what one device needs for the instant, made before it.
+type prepared struct {
+	device *Device
+	layer  *layer
+	shield *shield
+	image  *Image
+}
+
+// Take takes a snapshot of the devices, all at one instant: a write that was
+// acknowledged before another was sent is in it if the other is. Writes that
+// arrive meanwhile wait; those in flight are waited for, at most limit (0: 2 s),
+// and where they take longer Take fails, names the device, and has changed
+// nothing. The same device twice is an error.
+func Take(name string, devices []*Device, limit time.Duration) (*Snapshot, error) {
+	if limit == 0 {
+		limit = takeLimit
+	}
+	s, err := take(name, devices, limit)
+	if err != nil {
+		return nil, fmt.Errorf("take snapshot %s: %w", name, err)
+	}
+	return s, nil
+}
+
+func take(name string, devices []*Device, limit time.Duration) (*Snapshot, error) {
+	if len(devices) == 0 {
+		return nil, fmt.Errorf("no device: %w", syscall.EINVAL)
+	}
+	devices = slices.Clone(devices)
+	slices.SortFunc(devices, func(a, b *Device) int { return cmp.Compare(a.serial, b.serial) })
+	for i, d := range devices[1:] {
+		if d == devices[i] {
+			return nil, fmt.Errorf("device %s is named twice: %w", d.name, syscall.EINVAL)
+		}
+	}
+	// All of the devices' locks in one order, so that two snapshots of the
+	// same devices do not wait for each other for ever.
+	for _, d := range devices {
+		d.taking.Lock()
+		defer d.taking.Unlock()
+	}
+	s := &Snapshot{name: name}
+	preps := make([]*prepared, 0, len(devices))
+	for _, d := range devices {
+		p, err := d.prepare(s)
+		if err != nil {
+			return nil, errors.Join(err, discard(preps))
+		}
+		preps = append(preps, p)
+	}
+	if err := s.instant(preps, limit); err != nil {
+		return nil, errors.Join(err, discard(preps))
+	}
+	slices.SortFunc(s.images, func(a, b *Image) int { return cmp.Compare(a.device.name, b.device.name) })
+	return s, nil
+}
+
+// prepare makes everything that the instant needs, so that nothing is allocated
+// and nothing can fail while writes wait.
+func (d *Device) prepare(s *Snapshot) (*prepared, error) {
+	select {
+	case <-d.stop:
+		return nil, fmt.Errorf("%s: %w", d.name, ErrStopping)
+	default:
+	}
+	if err := d.changes.Prepare(); err != nil {
+		return nil, fmt.Errorf("%s: %w", d.name, err)
+	}
+	t, err := newTable(chunks(d.Size()))
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", d.name, err)
+	}
+	l := &layer{table: t}
+	i := &Image{device: d, snapshot: s, layer: l, gone: make(chan struct{})}
+	l.image = i
+	d.mu.Lock()
+	d.layers = slices.Grow(d.layers, 1)
+	d.images = slices.Grow(d.images, 1)
+	d.mu.Unlock()
+	s.images = append(s.images, i)
+	return &prepared{d, l, &shield{layers: []*layer{l}}, i}, nil
+}
+
+// discard undoes prepare.
+func discard(preps []*prepared) error {
+	var errs []error
+	for _, p := range preps {
+		if p.image.frozen != nil {
+			p.image.frozen.Release()
+		}
+		errs = append(errs, p.layer.table.close())
+	}
+	return errors.Join(errs...)
+}
+
+// instant shuts the gates of all devices, waits until nobody is inside any, and
+// makes the snapshot.
+func (s *Snapshot) instant(preps []*prepared, limit time.Duration) error {
+	start := time.Now()
+	for _, p := range preps {
+		p.device.writers.shut()
+	}
+	defer func() {
+		for _, p := range preps {
+			p.device.writers.open()
+		}
+		s.held = time.Since(start)
+	}()
+	deadline := start.Add(limit)
+	for _, p := range preps {
+		if !p.device.writers.empty(deadline) {
+			return fmt.Errorf("%s: writes in flight did not end within %v: %w", p.device.name, limit, syscall.ETIMEDOUT)
+		}
+	}
+	s.created = time.Now()
+	for _, p := range preps {
+		if err := p.freeze(); err != nil {
+			return fmt.Errorf("%s: %w", p.device.name, err)
+		}
+	}
+	for _, p := range preps {
+		p.commit()
+	}
+	return nil
+}
+
+// freeze freezes the change map. Nobody is inside the gate.
+func (p *prepared) freeze() (err error) {
+	d := p.device
+	if d.changes.Lost() {
+		d.newGeneration("no memory for the change map")
+	}
+	p.image.frozen, err = d.changes.Freeze()
+	return err
+}
+
+// commit makes p's layer the head. Nobody is inside the gate.
+func (p *prepared) commit() {
+	d := p.device
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if n := len(d.layers); n > 0 {
+		d.layers[n-1].newer.Store(p.layer)
+	}
+	d.layers = append(d.layers, p.layer)
+	d.images = append(d.images, p.image)
+	d.shield.Store(p.shield)
+}
+
+// Name is the snapshot's name.
+func (s *Snapshot) Name() string { return s.name }
+
+// Created is the instant.
+func (s *Snapshot) Created() time.Time { return s.created }
+
+// Held is how long writes were held up when the snapshot was taken, those in
+// flight included.
+func (s *Snapshot) Held() time.Duration { return s.held }
+
+// Images are the images by the names of their devices.
+func (s *Snapshot) Images() []*Image { return s.images }
+
+// Image returns the image of a device.
+func (s *Snapshot) Image(device string) (*Image, bool) {
+	for _, i := range s.images {
+		if i.device.name == device {
+			return i, true
+		}
+	}
+	return nil, false
+}
+
+// State is the worst state of its images: "ok", "overflowed", or "failed: " and
+// why.
+func (s *Snapshot) State() string {
+	worst := "ok"
+	for _, i := range s.images {
+		switch st := i.State(); {
+		case st == "ok":
+		case worst == "ok", worst == "overflowed" && st != "overflowed":
+			worst = st
+		}
+	}
+	return worst
+}
+
+// Destroy ends the snapshot: its images answer ErrDestroyed from then on, and
+// what only they needed returns to the snapstore, usually before Destroy returns.
+// It is refused with EBUSY while an image is in use, unless force is set, and
+// with ErrDestroyed the second time.
+func (s *Snapshot) Destroy(force bool) error {
+	s.mu.Lock()
+	if s.destroyed {
+		s.mu.Unlock()
+		return fmt.Errorf("destroy snapshot %s: %w", s.name, ErrDestroyed)
+	}
+	for _, i := range s.images {
+		if i.users > 0 && !force {
+			s.mu.Unlock()
+			return fmt.Errorf("destroy snapshot %s: image of %s is in use: %w", s.name, i.device.name, syscall.EBUSY)
+		}
+	}
+	s.destroyed = true
+	s.mu.Unlock()
+	for _, i := range s.images {
+		i.destroy()
+	}
+	for _, i := range s.images {
+		i.device.settle(settleLimit)
+	}
+	return nil
+}

@@ -1,0 +1,192 @@
+// The table of a layer: chunk -> word.
+//
+// A table is a radix tree in memory that never moves, with offsets instead of
+// pointers, so that it is the same bytes wherever it is mapped. Leaves hold 32
+// words (2 MiB of the origin), nodes above them 256 offsets. A device's table
+// costs memory for what was preserved, not for what could be: an empty one has a
+// root, and a lone chunk somewhere costs a leaf of 256 bytes and its share of
+// the nodes above.
+//
+// Layout, all numbers in the machine's byte order, offsets in units of 64 bytes:
+//
+//	offset  size  content
+//	     0    64  unused, so that no node has offset 0
+//	    64  1024  root: a node, or (devices up to 2 MiB) a leaf
+//	     …        nodes and leaves in the order in which they were first needed
+//
+//	node  256 x 4 bytes: offset of the child, 0 where there is none
+//	leaf   32 x 8 bytes: words
+//
+// Readers take no lock: a child's offset is stored after the child was zeroed,
+// a word after what it points to was written. Nothing is freed before the whole
+// table is.
+
+package cow
+
+import (
+	"iter"
+	"sync"
+	"sync/atomic"
+	"unsafe"
+)
+
+const (
+	leafShift = 5
+	nodeShift = 8
+
+	leafBytes = 8 << leafShift
+	nodeBytes = 4 << nodeShift
+
+	tableUnit = 64
+)
+
+// tableRoot is the root's offset in units.
+const tableRoot = 1
+
+type table struct {
+	mem    *memory
+	levels int // of nodes above the leaves
+	end    chunkNo
+
+	// mu serializes growing. Held while memory is allocated.
+	mu   sync.Mutex
+	used int64 // bytes handed out
+}
+
+// newTable makes an empty table for chunks [0, end).
+func newTable(end chunkNo) (*table, error) {
+	t := &table{end: end}
+	leaves := int64(end>>leafShift) + 1
+	size := tableUnit + leaves*leafBytes
+	for n := leaves; n > 1; t.levels++ {
+		n = (n + 1<<nodeShift - 1) >> nodeShift
+		size += n * nodeBytes
+	}
+	var err error
+	if t.mem, err = newMemory(size + nodeBytes); err != nil {
+		return nil, err
+	}
+	if err := t.mem.Grow(memoryStep); err != nil {
+		t.mem.Close()
+		return nil, err
+	}
+	t.used = tableRoot*tableUnit + max(leafBytes, nodeBytes)
+	return t, nil
+}
+
+// load returns the word of c.
+func (t *table) load(c chunkNo) word {
+	p := t.find(c)
+	if p == nil {
+		return 0
+	}
+	return word(atomic.LoadUint64(p))
+}
+
+// store publishes the word of c, whose place a call of reserve has made. The
+// caller holds the chunk's lock, or is the only one who changes this table.
+func (t *table) store(c chunkNo, w word) {
+	atomic.StoreUint64(t.find(c), uint64(w))
+}
+
+// reserve makes a place for the words of chunks [c, c+n), or fails with ENOMEM
+// or ENOSPC.
+func (t *table) reserve(c chunkNo, n int) error {
+	for last := c + chunkNo(n) - 1; ; c = (c>>leafShift + 1) << leafShift {
+		if t.find(c) == nil {
+			if err := t.grow(c); err != nil {
+				return err
+			}
+		}
+		if c>>leafShift == last>>leafShift {
+			return nil
+		}
+	}
+}
+
+// bytes is how much memory the table takes.
+func (t *table) bytes() int64 { return t.mem.Len() }
+
+func (t *table) close() error { return t.mem.Close() }
+
+// find returns the place of c's word, nil if there is none.
+func (t *table) find(c chunkNo) *uint64 {
+	at := uint32(tableRoot)
+	for l := t.levels - 1; l >= 0; l-- {
+		if at = atomic.LoadUint32(t.child(at, c, l)); at == 0 {
+			return nil
+		}
+	}
+	return t.word(at, c)
+}
+
+// grow makes the nodes and the leaf on the way to c.
+func (t *table) grow(c chunkNo) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	at := uint32(tableRoot)
+	for l := t.levels - 1; l >= 0; l-- {
+		p := t.child(at, c, l)
+		next := atomic.LoadUint32(p)
+		if next == 0 {
+			n := int64(nodeBytes)
+			if l == 0 {
+				n = leafBytes
+			}
+			if t.used+n > t.mem.Len() {
+				if err := t.mem.Grow(max(memoryStep, t.mem.Len()/8)); err != nil {
+					// Near the end of the reservation a small step may still fit.
+					if err := t.mem.Grow(memoryStep); err != nil {
+						return err
+					}
+				}
+			}
+			next = uint32(t.used / tableUnit)
+			t.used += n
+			atomic.StoreUint32(p, next)
+		}
+		at = next
+	}
+	return nil
+}
+
+// child is the place of the offset of c's child in the node at, which is l
+// levels above the lowest nodes.
+func (t *table) child(at uint32, c chunkNo, l int) *uint32 {
+	i := c >> (leafShift + l*nodeShift) & (1<<nodeShift - 1)
+	return (*uint32)(unsafe.Pointer(&t.mem.reserved[int64(at)*tableUnit+int64(i)*4]))
+}
+
+func (t *table) word(at uint32, c chunkNo) *uint64 {
+	i := c & (1<<leafShift - 1)
+	return (*uint64)(unsafe.Pointer(&t.mem.reserved[int64(at)*tableUnit+int64(i)*8]))
+}
+
+// from yields the chunks from c on that have a word, in ascending order.
+func (t *table) from(c chunkNo) iter.Seq2[chunkNo, word] {
+	return func(yield func(chunkNo, word) bool) {
+		for c < t.end {
+			p, skip := t.probe(c)
+			if p == nil {
+				c = (c>>skip + 1) << skip
+				continue
+			}
+			if w := word(atomic.LoadUint64(p)); w != 0 && !yield(c, w) {
+				return
+			}
+			c++
+		}
+	}
+}
+
+// probe is find, and where there is no place for c's word it says how large the
+// gap is: the chunks that agree with c above bit skip have none.
+func (t *table) probe(c chunkNo) (p *uint64, skip int) {
+	at := uint32(tableRoot)
+	for l := t.levels - 1; l >= 0; l-- {
+		if at = atomic.LoadUint32(t.child(at, c, l)); at == 0 {
+			return nil, leafShift + l*nodeShift
+		}
+	}
+	return t.word(at, c), 0
+}
