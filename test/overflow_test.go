@@ -1,0 +1,137 @@
+// A snapstore that is too small.
+
+package test
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"syscall"
+	"testing"
+)
+
+func TestOverflowBreaksSnapshotsAndNeverTheOrigin(t *testing.T) {
+	needRoot(t)
+	for _, tc := range []struct {
+		name  string
+		store string // STATE stands for a directory
+	}{
+		{"memory", "mem:1MiB"},
+		{"file", "file:STATE/small:1MiB"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			const size = 16 * miB
+			dir := scratch(t)
+			d, origin := serveOrigin(t, size, "--store", strings.ReplaceAll(tc.store, "STATE", dir))
+			live := d.open("vda")
+			mkdir(t, d.snapshot("old"))
+			image, err := os.Open(d.snapshot("old", "vda.img"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			export := d.open("vda@old")
+			number := readNumber(t, d.device("vda", "cbt", "number"))
+
+			p := make([]byte, size/2)
+			Stamp(p, "vda", 0, 2)
+			if err := live.writeAt(p, 0); err != nil { // eight times what the store holds
+				t.Fatalf("write to the origin while the store overflows: %v", err)
+			}
+			if err := live.flush(); err != nil {
+				t.Fatal(err)
+			}
+
+			checkBroken(t, d, image)
+			if err := export.readAt(make([]byte, 4096), 12*miB); !errors.Is(err, syscall.EIO) {
+				t.Errorf("the export of the broken image reads with error %v, want EIO", err)
+			}
+			export.Close()
+			image.Close()
+
+			// The origin has everything, and tracking missed nothing.
+			content, err := os.ReadFile(origin)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := Verify(content[:size/2], "vda", 0, 2, 2); err != nil {
+				t.Error(err)
+			}
+			want := fmt.Sprintf("0 %d data", size/2)
+			if got := read(t, d.device("vda", "cbt", "since", fmt.Sprint(number))); got != want {
+				t.Errorf("changed extents\n got %s\nwant %s", got, want)
+			}
+
+			// The space is back, and a new snapshot works.
+			eventually(t, "the snapshot that nobody uses is destroyed", func() bool { return syscall.Rmdir(d.snapshot("old")) == nil })
+			mkdir(t, d.snapshot("new"))
+			Stamp(p[:256*kiB], "vda", 0, 3)
+			if err := live.writeAt(p[:256*kiB], 0); err != nil {
+				t.Fatal(err)
+			}
+			fresh, err := os.ReadFile(d.snapshot("new", "vda.img"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := Verify(fresh[:size/2], "vda", 0, 2, 2); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// checkBroken checks every place that must say that the snapshot old is lost;
+// image is a file of it that was opened before.
+func checkBroken(t *testing.T, d *daemon, image *os.File) {
+	t.Helper()
+	for _, path := range []string{d.snapshot("old", "state"), d.snapshot("old", "vda.state")} {
+		if got, want := read(t, path), "overflowed"; got != want {
+			t.Errorf("%s\n got %s\nwant %s", path, got, want)
+		}
+	}
+	if got, want := read(t, d.device("vda", "state")), "ok"; got != want {
+		t.Errorf("state of the device\n got %s\nwant %s", got, want)
+	}
+	if _, err := image.ReadAt(make([]byte, 4096), 12*miB); !errors.Is(err, syscall.EIO) {
+		t.Errorf("an open file of the broken image reads with error %v, want EIO", err)
+	}
+	if out := sh(t, `if cp "$1" /dev/null 2>&1; then echo copied; fi`, d.snapshot("old", "vda.img")); !strings.Contains(out, "Input/output error") {
+		t.Errorf("cp of the broken image says %q, want Input/output error", out)
+	}
+	if got := fmt.Sprint(d.json("snapshot", "show", "old")); !strings.Contains(got, "overflowed") {
+		t.Errorf("snapshot show says %s, want overflowed", got)
+	}
+	if got := d.blksnap("events"); !strings.Contains(got, "overflow") || !strings.Contains(got, "old") {
+		t.Errorf("events do not mention the overflow of old:\n%s", got)
+	}
+}
+
+// Exactly those snapshots break that need a block which did not fit: an older
+// one that has it already goes on.
+func TestOverflowSparesWhoHasTheBlock(t *testing.T) {
+	needRoot(t)
+	const size, changed = 16 * miB, 3 * miB
+	d, _ := serveOrigin(t, size, "--store", "mem:4MiB")
+	live := d.open("vda")
+	p := make([]byte, changed)
+	for pass, name := range []string{"older", "newer"} {
+		mkdir(t, d.snapshot(name))
+		Stamp(p, "vda", 0, uint64(pass+2))
+		if err := live.writeAt(p, 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+
+	for name, want := range map[string]string{"older": "ok", "newer": "overflowed"} {
+		if got := read(t, d.snapshot(name, "state")); got != want {
+			t.Errorf("state of %s\n got %s\nwant %s", name, got, want)
+		}
+	}
+	image, err := os.ReadFile(d.snapshot("older", "vda.img"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := Verify(image[:size/2], "vda", 0, 1, 1); err != nil {
+		t.Error(err)
+	}
+}
