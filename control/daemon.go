@@ -43,7 +43,7 @@ type Daemon struct {
 	snapshots []*cow.Snapshot // oldest first
 	number    uint64          // highest snapshot number that a removed device had
 	clients   int             // NBD connections to exports of any kind
-	treeless  bool            // the tree was unmounted under us: end with the last client
+	treeless  bool            // the tree was unmounted under clients: end with the last one
 	tree      *fusefs.Tree    // nil where there is none
 }
 
@@ -126,21 +126,20 @@ func (d *Daemon) stop() {
 // under a machine.
 func (d *Daemon) loseTree() {
 	d.mu.Lock()
-	d.tree, d.treeless = nil, true
+	d.tree = nil
 	clients := d.clients
-	if clients == 0 {
-		close(d.idle)
-	}
+	d.treeless = clients > 0
 	d.mu.Unlock()
 	if clients > 0 {
 		d.record("tree-unmounted", "", "", plural(clients, "NBD connection")+" open: stopping when the last one ends")
 		return
 	}
 	d.record("tree-unmounted", "", "", "stopping")
+	close(d.idle)
 }
 
-// countClient counts an NBD connection to an export, of dev if it is a live one.
-// The caller holds mu.
+// countClientLocked counts an NBD connection to an export, of dev if it is a live
+// one. The caller holds mu.
 func (d *Daemon) countClientLocked(dev *device) {
 	d.clients++
 	if dev != nil {
@@ -156,8 +155,8 @@ func (d *Daemon) dropClient(dev *device) {
 	if dev != nil {
 		dev.clients--
 	}
-	if d.clients == 0 && d.treeless && !d.isStopping() {
-		d.treeless = false // once is enough
+	if d.clients == 0 && d.treeless {
+		d.treeless = false // clients may still come and go while we stop
 		close(d.idle)
 	}
 }

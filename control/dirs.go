@@ -19,32 +19,33 @@ type places struct {
 	base              string // made by us where the session has none, else ""
 }
 
-// defaultPlaces returns where the directories of this process' user are by
-// default. Nothing is created.
-func defaultPlaces() places {
-	if os.Geteuid() == 0 {
+// defaultPlaces are the places of this process' user. Nothing is created.
+func defaultPlaces() places { return placesOf(os.Geteuid(), os.Getenv) }
+
+func placesOf(uid int, env func(string) string) places {
+	if uid == 0 {
 		return places{mount: "/run/blksnap", run: "/run/blksnapd", state: "/var/lib/blksnap"}
 	}
 	var p places
-	session := os.Getenv("XDG_RUNTIME_DIR")
+	session := env("XDG_RUNTIME_DIR")
 	if session == "" {
-		p.base = filepath.Join("/tmp", "blksnap-"+strconv.Itoa(os.Geteuid()))
+		p.base = filepath.Join("/tmp", "blksnap-"+strconv.Itoa(uid))
 		session = p.base
 	}
 	p.mount = filepath.Join(session, "blksnap")
 	p.run = filepath.Join(session, "blksnapd")
-	p.state = userState(session)
+	p.state = stateOf(session, env)
 	return p
 }
 
-// userState is where an unprivileged user keeps state. A user without a home,
-// such as nobody, keeps it with what lives until the reboot: better than not
-// to start.
-func userState(session string) string {
-	if dir := os.Getenv("XDG_STATE_HOME"); dir != "" {
+// stateOf is where an unprivileged user keeps state. A user without a home, such
+// as nobody, keeps it with what lives until the reboot: better than not to
+// start.
+func stateOf(session string, env func(string) string) string {
+	if dir := env("XDG_STATE_HOME"); dir != "" {
 		return filepath.Join(dir, "blksnap")
 	}
-	home := os.Getenv("HOME")
+	home := env("HOME")
 	if _, err := os.Stat(home); home == "" || err != nil {
 		return filepath.Join(session, "blksnap-state")
 	}

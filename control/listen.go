@@ -97,9 +97,11 @@ func listenTCP(ctx context.Context, addr string) (net.Listener, error) {
 	if err != nil {
 		host, port = strings.Trim(addr, "[]"), nbdPort
 	}
-	ips, err := net.DefaultResolver.LookupIPAddr(ctx, host)
-	if err != nil {
-		return nil, fmt.Errorf("listen on tcp://%s: %w", addr, plain(err))
+	ips := []net.IPAddr{{IP: net.IPv6unspecified}} // what no host means
+	if host != "" {
+		if ips, err = net.DefaultResolver.LookupIPAddr(ctx, host); err != nil {
+			return nil, fmt.Errorf("listen on tcp://%s: %w", addr, err)
+		}
 	}
 	for _, ip := range ips {
 		if !ip.IP.IsLoopback() {

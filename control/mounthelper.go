@@ -148,12 +148,12 @@ func goBackground() error {
 	}
 	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
 	if err != nil {
-		return fmt.Errorf("go into the background: %w", err)
+		return err
 	}
 	defer null.Close()
 	for _, fd := range []int{1, 2} {
 		if err := unix.Dup3(int(null.Fd()), fd, 0); err != nil {
-			return fmt.Errorf("go into the background: %w", err)
+			return err
 		}
 	}
 	return os.Chdir("/")

@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"strings"
 	"sync"
 	"time"
 
@@ -23,6 +24,9 @@ const (
 
 	// answerLimit is the same for those on the control socket.
 	answerLimit = 5 * time.Second
+
+	// closeLimit is how long closing a device or the snapstore may take.
+	closeLimit = 10 * time.Second
 )
 
 // run serves until ctx ends or the daemon is idle without its tree, and writes
@@ -41,10 +45,8 @@ func (s *service) run(ctx context.Context, out io.Writer) error {
 	}
 	running.Go(func() { watchdog(serving, s.log, s.daemon.alive) })
 
-	err := s.announce(out)
-	if err == nil {
-		err = s.wait(ctx, failed)
-	}
+	s.announce(out)
+	err := s.wait(ctx, failed)
 	notify(s.log, sd.SdNotifyStopping)
 	s.daemon.record("stopping", "", "", "")
 	s.daemon.stop()
@@ -61,18 +63,21 @@ func serveNBD(ctx context.Context, nbd *intercept.Server, l net.Listener) error 
 	return nil
 }
 
-// announce says what is served, and that it is.
-func (s *service) announce(out io.Writer) error {
+// announce says what is served, and that it is. Whoever started us may read only
+// as far as he wants.
+func (s *service) announce(out io.Writer) {
+	var lines strings.Builder
 	for _, dev := range s.daemon.sortedDevices() {
-		if _, err := fmt.Fprintf(out, "%s  %d  %s\n", dev.Name(), dev.Size(), s.daemon.uri(dev.Name())); err != nil {
-			return fmt.Errorf("say what is served: %w", err)
-		}
+		fmt.Fprintf(&lines, "%s  %d  %s\n", dev.Name(), dev.Size(), s.daemon.uri(dev.Name()))
 	}
-	if _, err := fmt.Fprintln(out, "ready"); err != nil {
-		return fmt.Errorf("say what is served: %w", err)
+	lines.WriteString("ready\n")
+	if _, err := io.WriteString(out, lines.String()); err != nil {
+		s.log.Warn("say what is served", "err", err)
 	}
 	notify(s.log, sd.SdNotifyReady)
-	return goBackground()
+	if err := goBackground(); err != nil {
+		s.log.Warn("go into the background", "err", err)
+	}
 }
 
 // wait returns when the daemon is to stop: ctx has ended, its tree is unmounted
@@ -126,9 +131,22 @@ func (d *Daemon) closeDevices() error {
 		errs = append(errs, s.Destroy(true))
 	}
 	for _, dev := range d.sortedDevices() {
-		errs = append(errs, dev.Close())
+		errs = append(errs, within(closeLimit, "close device "+dev.Name(), dev.Close))
 	}
 	return errors.Join(errs...)
+}
+
+// within waits for f, but not longer than limit: what hangs in a disk then ends
+// with the process.
+func within(limit time.Duration, what string, f func() error) error {
+	done := make(chan error, 1)
+	go func() { done <- f() }()
+	select {
+	case err := <-done:
+		return err
+	case <-time.After(limit):
+		return fmt.Errorf("%s: it hangs, left to the end of the process", what)
+	}
 }
 
 // alive returns if the daemon's locks can be had.

@@ -119,7 +119,7 @@ func (s *service) open(ctx context.Context, passed []net.Listener) error {
 		return err
 	}
 	pool := store.NewPool()
-	s.later(pool.Close)
+	s.later(func() error { return within(closeLimit, "close the snapstore", pool.Close) })
 	if err := s.openStores(pool); err != nil {
 		return err
 	}

@@ -1,0 +1,147 @@
+package control
+
+import (
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// writeConfig writes a configuration file and returns its path.
+func writeConfig(t *testing.T, text string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "blksnap.yaml")
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func TestReadConfig(t *testing.T) {
+	for _, tc := range []struct {
+		name string
+		text string
+		want Config
+		err  string // what the error says, after the file's name
+	}{
+		{name: "empty"},
+		{name: "comments", text: "# nothing\n\n# at all\n"},
+		{
+			name: "everything",
+			text: `
+origin: [vda=/srv/vda.img, /dev/sdb]
+mount: none
+run: /r
+listen: [unix:///s, tcp://localhost]
+control: /c
+store:
+  - mem:1GiB
+  - file:/f:10GiB
+state: /s
+allow-other: true
+force: true
+tracking-block: 4KiB
+store-wait: 1m30s
+`,
+			want: Config{
+				Origin: List{"vda=/srv/vda.img", "/dev/sdb"}, Mount: "none", Run: "/r",
+				Listen: List{"unix:///s", "tcp://localhost"}, Control: "/c",
+				Store: List{"mem:1GiB", "file:/f:10GiB"}, State: "/s", AllowOther: true, Force: true,
+				DeviceConfig: DeviceConfig{TrackingBlock: 4096, StoreWait: 90 * time.Second},
+			},
+		},
+		{name: "list of one without brackets", text: "store: mem", want: Config{Store: List{"mem"}}},
+		{name: "bytes", text: "tracking-block: 65536", want: Config{DeviceConfig: DeviceConfig{TrackingBlock: 65536}}},
+		{name: "unknown key", text: "mount: /m\nstroe: mem\n", err: `line 2: unknown key "stroe"`},
+		{name: "a flag that is none of the settings", text: "config: /x", err: `line 1: unknown key "config"`},
+		{name: "Go's name of a field", text: "AllowOther: true", err: `line 1: unknown key "AllowOther"`},
+		{name: "key twice", text: "run: /a\nrun: /b\n", err: `line 2: mapping key "run" already defined at line 1`},
+		{name: "wrong kind", text: "mount: [a, b]", err: "line 1: cannot unmarshal !!seq into string"},
+		{name: "size", text: "tracking-block: many", err: `"many" is not a size such as 512, 64KiB, 10GiB or 1TiB`},
+		{name: "duration", text: "store-wait: soon", err: "line 1: cannot unmarshal !!str `soon` into time.Duration"},
+		{name: "not a mapping", text: "- a\n- b\n", err: "it is not a list of KEY: VALUE"},
+		{name: "not YAML", text: "a: [", err: "line 1: did not find expected node content"},
+		{name: "two documents", text: "run: /a\n---\nrun: /b\n", err: "it holds more than one document"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			path := writeConfig(t, tc.text)
+			got, err := readConfig(path)
+			if tc.err != "" {
+				if want := "read configuration " + path + ": " + tc.err; err == nil || err.Error() != want {
+					t.Errorf("error\n got %v\nwant %v", err, want)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(tc.want, got); diff != "" {
+				t.Errorf("configuration, -want +got:\n%s", diff)
+			}
+		})
+	}
+}
+
+// TestFlagsWin merges a file with flags that say otherwise.
+func TestFlagsWin(t *testing.T) {
+	path := writeConfig(t, "origin: /f.img\nrun: /f\nstate: /f\nstore: [mem, file:/f]\nstore-wait: 1s\nallow-other: true\n")
+	flags := Config{
+		File:         path,
+		Origin:       List{"/flag.img"},
+		State:        "/flag",
+		Store:        List{"dev:/flag"},
+		DeviceConfig: DeviceConfig{TrackingBlock: 8192},
+	}
+	got, err := flags.withFile()
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := Config{
+		File:         path,
+		Origin:       List{"/flag.img"},
+		Run:          "/f",
+		State:        "/flag",
+		Store:        List{"dev:/flag"},
+		AllowOther:   true,
+		DeviceConfig: DeviceConfig{TrackingBlock: 8192, StoreWait: time.Second},
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("flags and file, -want +got:\n%s", diff)
+	}
+}
+
+func TestNamedConfigMustExist(t *testing.T) {
+	_, err := Config{File: "/nonexistent/blksnap.yaml"}.withFile()
+	if !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("a configuration file that was named and does not exist\n got %v\nwant %v", err, fs.ErrNotExist)
+	}
+}
+
+func TestDeviceConfigCheck(t *testing.T) {
+	for _, tc := range []struct {
+		name string
+		in   DeviceConfig
+		want Size // 0 where it is refused
+	}{
+		{"default", DeviceConfig{}, 65536},
+		{"smallest", DeviceConfig{TrackingBlock: 4096}, 4096},
+		{"largest", DeviceConfig{TrackingBlock: 16 << 20}, 16 << 20},
+		{"too small", DeviceConfig{TrackingBlock: 2048}, 0},
+		{"too large", DeviceConfig{TrackingBlock: 32 << 20}, 0},
+		{"no power of two", DeviceConfig{TrackingBlock: 12288}, 0},
+		{"negative", DeviceConfig{TrackingBlock: -4096}, 0},
+		{"negative wait", DeviceConfig{StoreWait: -1}, 0},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			c := tc.in
+			err := c.check()
+			if err == nil && c.TrackingBlock != tc.want || (err == nil) != (tc.want != 0) {
+				t.Errorf("check of %+v\n got %d, %v\nwant %d", tc.in, c.TrackingBlock, err, tc.want)
+			}
+		})
+	}
+}
