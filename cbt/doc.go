@@ -56,10 +56,10 @@
 // below that still mentions them. Counts live in the process and are rebuilt
 // by Open. Two kinds of users hold links without being counted:
 //
-//   - Markers of the live map. They run only while no snapshot is being taken
-//     (the caller's gate sees to that), so a node replaced in the live map
-//     keeps its count until the next Freeze or Reset.
-//   - Readers, and markers of frozen maps. They enter a grace period (see
-//     grace); what trees give up keeps its count until all have left that
-//     could have seen it.
+//   - Mark. It runs only while no snapshot is being taken (the caller's gate
+//     sees to that), so a node replaced in the live map keeps its count until
+//     the next Freeze or Reset.
+//   - Readers, and all other markers. They enter a grace period (see grace);
+//     what trees give up keeps its count until all have left that could have
+//     seen it.
 package cbt

@@ -33,8 +33,8 @@
 //	              index: 512 links; 0 where nothing was ever marked
 //	              table: 64 records
 //
-// A link is a word: node number in bits 0 to 27, level in 28 to 30, epoch in
-// 31 to 63. A record, 64 bytes:
+// A link is a word: node number in bits 0 to 25, level in 26 to 28, epoch in
+// 29 to 63. A record, 64 bytes:
 //
 //	offset  size  field
 //	     0     8  state: 0 free, 1 in use, 2 in use and lost
@@ -132,24 +132,31 @@ type node uint32
 // offset is where the node begins in memory.
 func (no node) offset() int64 { return int64(no) * nodeSize }
 
-// maxNodes is how many nodes a link can tell apart: 1 TiB of memory.
-const maxNodes = 1 << 28
+// A link's parts.
+const (
+	nodeBits  = 26
+	levelBits = 3
 
-// maxEpoch is the last epoch that a link can hold. At a snapshot and a view
-// every second it lasts 90 years.
-const maxEpoch = 1<<33 - 1
+	// maxNodes is how many nodes a link can tell apart: 260 GiB of memory.
+	maxNodes = 1 << nodeBits
+
+	// maxEpoch is half of what a link can tell apart, so that Open, too, finds
+	// new epochs. A hundred snapshots and views a second use them up in two
+	// years.
+	maxEpoch = 1 << (63 - nodeBits - levelBits)
+)
 
 // link names a node, with its level and its epoch, so that a marker need not
 // look into nodes on its way. 0 stands for a node with nothing in it.
 type link uint64
 
 func newLink(no node, level int, epoch uint64) link {
-	return link(epoch<<31 | uint64(level)<<28 | uint64(no))
+	return link(epoch<<(nodeBits+levelBits) | uint64(level)<<nodeBits | uint64(no))
 }
 
 func (l link) node() node    { return node(l & (maxNodes - 1)) }
-func (l link) level() int    { return int(l >> 28 & 7) }
-func (l link) epoch() uint64 { return uint64(l >> 31) }
+func (l link) level() int    { return int(l >> nodeBits & (1<<levelBits - 1)) }
+func (l link) epoch() uint64 { return uint64(l >> (nodeBits + levelBits)) }
 
 // data is where the node's map bytes or links begin in memory.
 func (l link) data() int64 { return l.node().offset() + nodeHeader }

@@ -25,8 +25,8 @@ func (m *Map) Prepare() error {
 
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.epoch >= maxEpoch-2 {
-		return fmt.Errorf("freeze a changed-block map: epochs used up")
+	if m.epoch >= maxEpoch {
+		return fmt.Errorf("prepare to freeze a changed-block map: %d epochs are used up", m.epoch)
 	}
 	// Reset needs a record when there is no memory at all, so one stays.
 	if len(m.records) < 2 && !m.addTableLocked() {
@@ -88,8 +88,9 @@ func (m *Map) Reset(generation uuid.UUID) {
 }
 
 // Resize sets the device's size in bytes, a multiple of 512. What a growing
-// device gains is marked. No Mark may run meanwhile. Frozen maps keep their
-// size. When there is no memory for the marks the map is Lost.
+// device gains is marked, from the tracking block on in which it ended. Frozen
+// maps keep their size. When there is no memory for the marks the map is Lost.
+// Freeze and Reset wait for it.
 func (m *Map) Resize(size int64) error {
 	if err := checkSize(size); err != nil {
 		return err

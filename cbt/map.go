@@ -20,11 +20,10 @@ const DefaultBlock = 64 << 10
 var errClosed = errors.New("changed-block map is closed")
 
 // Map is the live map of a device. Its methods may be called from many
-// goroutines at once, with one restriction: no Mark, MarkAt may run during
-// Freeze, Reset or Resize. A write marks before it changes the device, and
-// keeps Freeze and Reset out until it has: otherwise its change would be in
-// the frozen map of a snapshot that does not hold it, or missing from a new
-// generation.
+// goroutines at once, with one restriction: no Mark may run during Freeze or
+// Reset. A write marks before it changes the device, and keeps Freeze and
+// Reset out until it has: otherwise its mark would be in the frozen map of a
+// snapshot that does not hold its change, or missing from a new generation.
 type Map struct {
 	live  atomic.Pointer[tree]
 	shift int
@@ -109,18 +108,28 @@ func checkSize(size int64) error {
 // returns before the caller changes the device. What lies beyond the device is
 // ignored, as is n == 0. Where the memory for it cannot be had the map is Lost
 // when Mark returns.
-func (m *Map) Mark(off, n int64) { m.MarkAt(off, n, math.MaxUint64) }
+func (m *Map) Mark(off, n int64) {
+	t := m.live.Load()
+	if t.seen(off, n) && m.live.Load() == t {
+		return
+	}
+	from, to := t.span(off, n)
+	m.mark(from, to, t.number)
+}
 
 // MarkAt marks [off, off+n) with at least number, which is at most one more
 // than Number; a higher one counts as that. It is for a write to the image of
 // an older snapshot, which the next increments must read again. What is at or
-// below Base needs no mark: nobody can ask for changes before it.
+// below Base needs no mark: nobody can ask for changes before it. Unlike Mark
+// it may run at any time; during a Freeze it marks the new live map, and may
+// mark the frozen one.
 func (m *Map) MarkAt(off, n int64, number uint64) {
+	defer m.leave(m.enter())
 	from, to := m.live.Load().span(off, n)
 	m.mark(from, to, number)
 }
 
-// mark is MarkAt for tracking blocks.
+// mark marks the tracking blocks [from, to) with at least number.
 func (m *Map) mark(from, to int64, number uint64) {
 	for {
 		t := m.live.Load()

@@ -4,6 +4,7 @@
 package cbt
 
 import (
+	"encoding/binary"
 	"fmt"
 	"sync"
 	"sync/atomic"
@@ -110,16 +111,19 @@ func (s *nodes) makeLocked(i nodeInfo, old link) (link, bool) {
 	return l, true
 }
 
-// copyLeaf fills the leaf l with what the leaf old stands for, counted from
-// l's base.
+// copyLeaf fills the leaf l, not published yet, with what the leaf old stands
+// for, counted from l's base. A marker that has not noticed a new epoch may
+// still change old: it marks again afterwards, so that no word may be torn but
+// any may be missed.
 func (s *nodes) copyLeaf(l, old link) {
 	shift := s.nodeBase(l) - s.nodeBase(old)
-	if shift == 0 {
-		copy(s.data(l.node()), s.data(old.node()))
-		return
-	}
+	to, from := s.data(l.node()), old.data()
 	for i := int64(0); i < nodeData; i += 8 {
-		s.word(l.data() + i).Store(lower(s.load(old.data()+i), shift))
+		w := s.load(from + i)
+		if shift != 0 {
+			w = lower(w, shift)
+		}
+		binary.NativeEndian.PutUint64(to[i:], w)
 	}
 }
 

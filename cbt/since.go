@@ -113,23 +113,31 @@ func (s *scan) leaf(l link, first int64) bool {
 		return s.clean(max(first, s.from))
 	}
 	from, to := max(first, s.from), min(first+1<<leafBits, s.to)
+	at := l.data() - first
 	for b := from &^ 7; b < to; b += 8 {
-		m := above(s.load(l.data()+b-first), byte(less))
-		if b < from || b+8 > to {
-			m &= bytesMask(max(from-b, 0), min(to-b, 8))
+		b = s.skip(at, b, to, byte(less))
+		if b >= to {
+			break
 		}
-		switch {
-		case m == 0:
-			if s.inRun && !s.clean(max(b, from)) {
-				return false
-			}
-		case m == tops:
-			s.dirty(b)
-		case !s.word(m, b, min(to-b, 8)):
+		m := above(s.load(at+b), byte(less)) & bytesMask(max(from-b, 0), min(to-b, 8))
+		if !s.word(m, b, min(to-b, 8)) {
 			return false
 		}
 	}
 	return true
+}
+
+// skip passes over the whole words from block b on that change nothing in
+// what is being collected: all changed in a run, none outside.
+func (s *scan) skip(at, b, to int64, less byte) int64 {
+	same := uint64(0)
+	if s.inRun {
+		same = tops
+	}
+	for b+8 <= to && above(s.load(at+b), less) == same {
+		b += 8
+	}
+	return b
 }
 
 // word scans the first n blocks from b on, those changed having their byte's

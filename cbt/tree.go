@@ -62,6 +62,21 @@ func (t *tree) leaf(block int64) link {
 	return l
 }
 
+// seen says that [off, off+n) is inside one tracking block that is marked
+// already. It is the short way for most writes.
+func (t *tree) seen(off, n int64) bool {
+	b := off >> t.shift
+	if n <= 0 || (off+n-1)>>t.shift != b {
+		return false
+	}
+	l := t.leaf(b)
+	if l.epoch() != t.epoch {
+		return false
+	}
+	w := t.load(l.data() + b&(1<<leafBits-1)&^7)
+	return uint64(byte(w>>(b&7*8))) == t.number-t.base
+}
+
 // mark raises the bytes of the blocks [from, to) to at least number, as far as
 // number lies between the tree's base and number. It stops early when the tree
 // is over, and when it gets lost.

@@ -26,7 +26,8 @@ type Frozen struct{ View }
 // View returns the live map as of now: all marks that have returned are in it.
 // A mark that runs meanwhile may be in it or not, or get into it later. It
 // takes the same short time whatever the size of the device, but the next
-// mark of each leaf makes a copy, as after a Freeze.
+// mark of each leaf makes a copy, as after a Freeze. Where there is no epoch
+// left for that the view is Lost.
 //
 // A view holds on to memory until it is released, or unreachable.
 func (m *Map) View() *View {
@@ -38,9 +39,13 @@ func (m *Map) View() *View {
 		m.counts[link(root).node()]++
 		t.root.Store(root)
 	}
-	t.lost.Store(was.lost.Load())
-	m.epoch++
-	m.goOnLocked(was, was.size, m.epoch)
+	t.lost.Store(was.lost.Load() || m.epoch >= maxEpoch)
+	// A live map that owns nothing, not even its root, shares everything
+	// already. Without a new epoch what is shared would go on changing.
+	if link(t.root.Load()).epoch() == was.epoch && !t.lost.Load() {
+		m.epoch++
+		m.goOnLocked(was, was.size, m.epoch)
+	}
 
 	v := &View{m: m, t: t, number: was.number - 1}
 	runtime.AddCleanup(v, m.forget, t)
@@ -93,12 +98,16 @@ func (t *tree) readLeaf(p []byte, block int64) {
 		return
 	}
 	shift := t.base - t.nodeBase(l)
+	at := l.data() + block&(1<<leafBits-1)
 	for len(p) > 0 {
-		var eight [8]byte
-		w := t.load(l.data() + block&(1<<leafBits-1)&^7)
-		binary.LittleEndian.PutUint64(eight[:], lower(w, shift))
-		n := copy(p, eight[block&7:])
-		p, block = p[n:], block+int64(n)
+		w := lower(t.load(at&^7), shift)
+		if at&7 == 0 && len(p) >= 8 {
+			binary.LittleEndian.PutUint64(p, w)
+			p, at = p[8:], at+8
+			continue
+		}
+		p[0] = byte(w >> (at & 7 * 8))
+		p, at = p[1:], at+1
 	}
 }
 
@@ -109,6 +118,9 @@ func (t *tree) readLeaf(p []byte, block int64) {
 // returns. After Release it does nothing.
 func (f *Frozen) Mark(off, n int64, number uint64) {
 	defer f.t.leave(f.t.enter())
+	if f.released.Load() {
+		return
+	}
 	from, to := f.t.span(off, n)
 	f.t.mark(from, to, number)
 }
