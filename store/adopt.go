@@ -80,6 +80,7 @@ func (p *Pool) sweep(l *ledger) error {
 		err = l.claim.extents(l.part.Punch)
 		p.mu.Lock()
 		l.settle(err)
+		p.noteFreed()
 		p.mu.Unlock()
 		if err != nil {
 			return err

@@ -5,7 +5,6 @@ package store
 import (
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -31,8 +30,7 @@ const (
 // filePart is a sparse file: blocks get backing when they are first written
 // and lose it when they are punched.
 type filePart struct {
-	f      *os.File
-	traits Traits
+	disk
 
 	grow sync.Mutex   // serializes growing; held across I/O
 	size atomic.Int64 // of the file
@@ -59,12 +57,13 @@ func OpenFile(path string, limit int64, force bool) (_ Part, err error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &filePart{f: f}
+	p := &filePart{disk: disk{f: f}}
 	if err = p.open(path, limit, force); err != nil {
-		f.Close()
-		if created {
+		// Whoever has it in use by now may have found it empty.
+		if created && !errors.Is(err, ErrInUse) {
 			os.Remove(path)
 		}
+		f.Close()
 		return nil, err
 	}
 	return p, nil
@@ -91,15 +90,6 @@ func openOrCreate(path string) (f *os.File, created bool, err error) {
 	return f, false, cause(err)
 }
 
-// cause takes the operation and the path, which the caller names, off err.
-func cause(err error) error {
-	var p *fs.PathError
-	if errors.As(err, &p) {
-		return p.Err
-	}
-	return err
-}
-
 // open locks the file, then reads its header or writes one.
 func (p *filePart) open(path string, limit int64, force bool) error {
 	if err := flock(p.f); err != nil {
@@ -112,6 +102,9 @@ func (p *filePart) open(path string, limit int64, force bool) error {
 	var h header
 	if info.Size() > 0 {
 		h, err = readHeader(p.f)
+		if err != nil && lockedElsewhere(p.f) {
+			return ErrInUse
+		}
 	}
 	if info.Size() == 0 || err != nil && force {
 		h, err = p.create(limit)
@@ -135,56 +128,50 @@ func flock(f *os.File) error {
 	return err
 }
 
-// control calls fn with the descriptor of f, which stays open until fn returns.
-func control(f *os.File, fn func(fd int) error) error {
-	conn, err := f.SyscallConn()
-	if err != nil {
-		return err
-	}
-	var inner error
-	err = conn.Control(func(fd uintptr) {
-		for {
-			if inner = fn(int(fd)); inner != unix.EINTR {
-				return
-			}
-		}
-	})
-	return errors.Join(err, inner)
+// lockedElsewhere says whether another process holds a lock on part of f, as
+// QEMU does on the images that it uses.
+func lockedElsewhere(f *os.File) bool {
+	l := unix.Flock_t{Type: unix.F_WRLCK}
+	err := control(f, func(fd int) error { return unix.FcntlFlock(uintptr(fd), unix.F_OFD_GETLK, &l) })
+	return err == nil && l.Type != unix.F_UNLCK
 }
 
 // create empties the file and makes it a snapstore.
-func (p *filePart) create(limit int64) (header, error) {
+func (p *filePart) create(limit int64) (h header, err error) {
+	if limit == 0 {
+		if limit, err = p.defaultLimit(); err != nil {
+			return header{}, err
+		}
+	}
 	if err := p.f.Truncate(0); err != nil {
 		return header{}, cause(err)
 	}
-	if limit == 0 {
-		avail, err := p.Avail()
-		if err != nil {
-			return header{}, err
-		}
-		limit = avail / 2 / SlotSize * SlotSize
-		if limit < minDefaultLimit {
-			return header{}, fmt.Errorf("its file system has %d bytes free, half of which is less than %s: free some or give a limit",
-				avail, FormatSize(minDefaultLimit))
-		}
-	}
-	h := header{id: uuid.New(), limit: limit}
+	h = header{id: uuid.New(), limit: limit}
 	if err := p.writeHeader(h); err != nil {
 		return header{}, err
 	}
 	return h, syncDir(filepath.Dir(p.f.Name()))
 }
 
-// writeHeader makes h durable: a power cut must not leave a file that is taken
-// for something foreign.
-func (p *filePart) writeHeader(h header) error {
-	if _, err := p.f.WriteAt(h.encode(), 0); err != nil {
-		return fmt.Errorf("write header: %w", cause(err))
+// defaultLimit is half of the space that is free once the file is empty.
+func (p *filePart) defaultLimit() (int64, error) {
+	info, err := p.f.Stat()
+	if err != nil {
+		return 0, cause(err)
 	}
-	if err := p.f.Sync(); err != nil {
-		return fmt.Errorf("sync header: %w", cause(err))
+	free, err := p.Avail()
+	if err != nil {
+		return 0, err
 	}
-	return nil
+	if st, ok := info.Sys().(*syscall.Stat_t); ok {
+		free += st.Blocks * 512
+	}
+	limit := free / 2 / SlotSize * SlotSize
+	if limit < minDefaultLimit {
+		return 0, fmt.Errorf("its file system has %d bytes free, half of which is less than %s: free some or give a limit",
+			free, FormatSize(minDefaultLimit))
+	}
+	return limit, nil
 }
 
 func syncDir(dir string) error {
@@ -207,6 +194,7 @@ func (p *filePart) measure(path string, h header) error {
 	p.traits = Traits{
 		Spec:    Spec{Kind: File, Path: path, Limit: h.limit},
 		ID:      h.id,
+		Limit:   h.limit,
 		Slots:   sparseSlots(h.limit),
 		Held:    (size - dataStart + SlotSize - 1) / SlotSize,
 		MayHang: true,
@@ -222,22 +210,11 @@ func (p *filePart) measure(path string, h header) error {
 	return err
 }
 
-func (p *filePart) Traits() Traits { return p.traits }
-
-func (p *filePart) ReadAt(b []byte, off int64) (int, error) {
-	n, err := p.f.ReadAt(b, dataStart+off)
-	if err == io.EOF {
-		err = io.ErrUnexpectedEOF
-	}
-	return n, err
-}
-
 func (p *filePart) WriteAt(b []byte, off int64) (int, error) {
 	if err := p.growTo(dataStart + off + int64(len(b))); err != nil {
 		return 0, err
 	}
-	n, err := p.f.WriteAt(b, dataStart+off)
-	return n, noSpace(err)
+	return p.disk.WriteAt(b, off)
 }
 
 // growTo makes the file at least end bytes long.
@@ -260,14 +237,6 @@ func (p *filePart) growTo(end int64) error {
 	}
 	p.size.Store(size)
 	return nil
-}
-
-// noSpace lets every way to say that there is no room match ENOSPC.
-func noSpace(err error) error {
-	if errors.Is(err, unix.EDQUOT) || errors.Is(err, unix.EFBIG) {
-		return fmt.Errorf("%w (%w)", err, syscall.ENOSPC)
-	}
-	return err
 }
 
 func (p *filePart) Prepare(off, n int64) error {
@@ -302,7 +271,5 @@ func (p *filePart) Avail() (int64, error) {
 	if err := control(p.f, func(fd int) error { return unix.Fstatfs(fd, &s) }); err != nil {
 		return 0, fmt.Errorf("ask for free space: %w", err)
 	}
-	return int64(s.Bavail) * s.Bsize, nil
+	return int64(s.Bavail) * s.Bsize, p.writeBackError()
 }
-
-func (p *filePart) Close() error { return p.f.Close() }

@@ -62,16 +62,17 @@ func decodeHeader(b []byte) (header, error) {
 	}
 	// The version decides before the checksum: where a newer header keeps
 	// its checksum is not ours to know.
-	if v := binary.LittleEndian.Uint32(b[16:]); v > headerVersion {
-		return header{}, fmt.Errorf("%w: version %d of its header", ErrNewer, v)
+	version := binary.LittleEndian.Uint32(b[16:])
+	if version > headerVersion {
+		return header{}, fmt.Errorf("%w: version %d of its header", ErrNewer, version)
 	}
 	if sum, said := crc32.Checksum(b[:4092], castagnoli), binary.LittleEndian.Uint32(b[4092:]); sum != said {
 		return header{}, fmt.Errorf("%w: its header has checksum %08x and says %08x", ErrDamaged, sum, said)
 	}
 	h := header{limit: int64(binary.LittleEndian.Uint64(b[40:]))}
 	copy(h.id[:], b[24:])
-	if n := binary.LittleEndian.Uint32(b[20:]); n != SlotSize {
-		return header{}, fmt.Errorf("%w: its slots have %d bytes", ErrDamaged, n)
+	if n := binary.LittleEndian.Uint32(b[20:]); version != headerVersion || n != SlotSize {
+		return header{}, fmt.Errorf("%w: version %d with slots of %d bytes", ErrDamaged, version, n)
 	}
 	if err := checkLimit(h.limit); err != nil {
 		return header{}, fmt.Errorf("%w: %w", ErrDamaged, err)

@@ -1,12 +1,27 @@
-// The keeper: a goroutine for each part that gives back what is spare.
+// The keeper: a goroutine for each part that has backing ready where it will be
+// asked for, and gives back what is spare.
 
 package store
 
 import "time"
 
+const (
+	// unitSlots is how many slots are prepared at a time: 2 MiB, which is a
+	// huge page where memory comes in them.
+	unitSlots = 32
+
+	// maxAhead bounds how many warm slots are prepared, 16 MiB.
+	maxAhead = 8 * unitSlots
+)
+
+// idleAfter is for how long nothing is given out before what is spare in a
+// part is given back.
+const idleAfter = time.Second
+
 // keep runs until the pool is closed. Errors of the part are noted where they
 // are found.
 func (p *Pool) keep(l *ledger) {
+	defer close(l.gone)
 	tick := time.NewTicker(idleAfter)
 	defer tick.Stop()
 	seen := uint64(0)
@@ -17,18 +32,33 @@ func (p *Pool) keep(l *ledger) {
 			return
 		case <-l.kick:
 		case <-tick.C:
+			p.survey(l)
 			p.mu.Lock()
 			idle, seen = l.allocs == seen, l.allocs
 			p.mu.Unlock()
-			p.survey(l)
+		}
+		p.tend(l, idle)
+	}
+}
+
+// tend prepares and punches until neither is needed. To prepare comes first:
+// somebody is writing.
+func (p *Pool) tend(l *ledger, idle bool) {
+	for {
+		select {
+		case <-p.done:
+			return
+		default:
 		}
 		p.mu.Lock()
 		target := l.maxSpare()
-		p.mu.Unlock()
 		if idle {
-			target = 0
+			target, l.ahead, l.noAhead = 0, 0, false
 		}
-		_ = p.trim(l, target)
+		p.mu.Unlock()
+		if !p.prepare(l) && !p.trimStep(l, target) {
+			return
+		}
 	}
 }
 
@@ -39,6 +69,7 @@ func (p *Pool) survey(l *ledger) {
 	defer p.mu.Unlock()
 	if err != nil {
 		l.fail(err)
+		p.noteSpace()
 		return
 	}
 	before := l.room()
@@ -46,4 +77,67 @@ func (p *Pool) survey(l *ledger) {
 	if l.room() > before {
 		p.noteFreed()
 	}
+}
+
+// wantAhead notes that n slots are asked for of which some are whole: as many
+// again are likely to be, so the keeper has them ready.
+func (l *ledger) wantAhead(n int) {
+	l.ahead = min(l.ahead+int64(n), maxAhead)
+	if l.warm.n < (l.ahead+1)/2 {
+		l.wake()
+	}
+}
+
+// prepare makes one unit of warm slots and says whether it did.
+func (p *Pool) prepare(l *ledger) bool {
+	l.punch.Lock()
+	defer l.punch.Unlock()
+	p.mu.Lock()
+	first, ok := l.claimUnit()
+	p.mu.Unlock()
+	if !ok {
+		return false
+	}
+	err := l.part.Prepare(first*SlotSize, unitSlots*SlotSize)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	l.claim.masks = l.claim.masks[:0]
+	for i := first; i < first+unitSlots; i++ {
+		if err != nil {
+			l.clean.add(i)
+			continue
+		}
+		l.state(i).spare = AllBlocks
+		l.spare += slotBlocks
+		l.warm.add(i)
+	}
+	// Where it does not work, writers make backing as they go.
+	l.noAhead = err != nil
+	return err == nil
+}
+
+// claimUnit claims clean slots to be prepared, if more are wanted.
+func (l *ledger) claimUnit() (first int64, ok bool) {
+	switch {
+	case l.traits.Coarse, l.failed != nil, l.noAhead:
+		return 0, false
+	case l.warm.n >= l.ahead, l.spare+unitSlots*slotBlocks > l.maxSpare():
+		return 0, false
+	}
+	if first, ok = l.clean.findUnit(); !ok {
+		first = (l.fresh + unitSlots - 1) / unitSlots * unitSlots
+		if first+unitSlots > l.traits.Slots {
+			return 0, false
+		}
+		for ; l.fresh < first; l.fresh++ {
+			l.clean.add(l.fresh)
+		}
+		l.fresh += unitSlots
+	}
+	l.claim.first, l.claim.masks = first, l.claim.masks[:0]
+	for i := first; i < first+unitSlots; i++ {
+		l.clean.remove(i)
+		l.claim.masks = append(l.claim.masks, AllBlocks)
+	}
+	return first, true
 }

@@ -17,13 +17,17 @@ type ledger struct {
 	// range at a time. It is taken before the pool's mu.
 	punch sync.Mutex
 
-	kick chan struct{} // wakes the keeper
+	kick   chan struct{} // wakes the keeper
+	gone   chan struct{} // closed when the keeper is gone
+	closed chan error    // what came of closing the part
 
 	limit   int64 // blocks in use at most
 	ceiling int64 // as far as there is backing; may be below or above limit
 	used    int64 // blocks in use, those of quarantined slots included
 	spare   int64
 	allocs  uint64 // counts alloc and extend: tells the keeper what is idle
+	ahead   int64  // warm slots that the keeper has ready
+	noAhead bool   // it cannot
 	failed  error  // why no slot is given out any more
 
 	pages  []*[pageSlots]slotState
@@ -50,11 +54,18 @@ const maxSingles = 4096
 
 func newLedger(no uint8, part Part) *ledger {
 	t := part.Traits()
-	l := &ledger{part: part, traits: t, no: no, kick: make(chan struct{}, 1)}
-	l.limit = t.Spec.Limit / BlockSize
-	l.ceiling = l.limit
-	l.fresh = t.Held
-	return l
+	limit := t.Limit / BlockSize
+	return &ledger{
+		part:    part,
+		traits:  t,
+		no:      no,
+		kick:    make(chan struct{}, 1),
+		gone:    make(chan struct{}),
+		closed:  make(chan error, 1),
+		limit:   limit,
+		ceiling: limit,
+		fresh:   t.Held,
+	}
 }
 
 func (l *ledger) state(i int64) *slotState {
@@ -123,6 +134,7 @@ func (l *ledger) alloc(dst []Slot, masks []uint16, room int64) int {
 func (l *ledger) pick(masks []uint16) (i int64, n int) {
 	want := len(masks)
 	if l.wantsWarm(masks) {
+		l.wantAhead(want)
 		if i, n = l.warm.findRun(want); n > 0 {
 			return i, n
 		}

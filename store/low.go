@@ -2,7 +2,10 @@
 
 package store
 
-import "time"
+import (
+	"math"
+	"time"
+)
 
 // LowSpace is what there is to say of a pool's space, in bytes.
 type LowSpace struct {
@@ -63,6 +66,7 @@ func (p *Pool) wakeWatch() {
 // watch calls what OnLow was given and samples what is in use, until the pool
 // is closed.
 func (p *Pool) watch() {
+	defer close(p.watched)
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	for {
@@ -115,8 +119,9 @@ func (p *Pool) outlook(now time.Time) LowSpace {
 	then := p.samples[0]
 	if more := p.used() - then.used; more > 0 {
 		seconds := max(now.Sub(then.at).Seconds(), 1e-3)
-		o.Rate = int64(float64(more*BlockSize) / seconds)
-		o.Left = time.Duration(float64(o.Free) / float64(o.Rate) * float64(time.Second))
+		o.Rate = max(1, int64(float64(more*BlockSize)/seconds))
+		left := float64(o.Free) / float64(o.Rate) * float64(time.Second)
+		o.Left = time.Duration(min(left, math.MaxInt64/2))
 	}
 	return o
 }

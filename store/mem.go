@@ -3,10 +3,9 @@
 package store
 
 import (
-	"errors"
 	"fmt"
-	"math"
 	"sync"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -18,18 +17,21 @@ type memPart struct {
 
 	// mu keeps the mapping in place while it is read or written, and is
 	// held exclusively to unmap it.
-	mu  sync.RWMutex
-	mem []byte // nil once closed
+	mu    sync.RWMutex
+	mem   []byte // nil once closed
+	whole []byte // what was mapped, of which mem is the aligned part
 }
 
-var errClosed = errors.New("snapstore is closed")
+// hugePage is what a unit is aligned to in memory, its size on all machines
+// that this is for.
+const hugePage = 2 << 20
 
 // OpenMem makes a part of limit bytes of memory, a quarter of the machine's if
 // limit is 0. No memory is taken before it is used.
 func OpenMem(limit int64) (Part, error) {
 	var err error
 	if limit == 0 {
-		limit, err = quarterOfMemory()
+		limit, err = defaultMemLimit()
 	}
 	if err == nil {
 		err = checkLimit(limit)
@@ -39,33 +41,32 @@ func OpenMem(limit int64) (Part, error) {
 	}
 	p := &memPart{}
 	slots := sparseSlots(limit)
-	for {
-		p.mem, err = unix.Mmap(-1, 0, int(slots*SlotSize), unix.PROT_READ|unix.PROT_WRITE,
-			unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE)
-		if err == nil {
-			break
-		}
+	for p.reserve(slots) != nil {
 		// A kernel that never overcommits, or a limit on address space,
 		// leaves room for fewer slots that are used in part.
 		if slots /= 2; slots*SlotSize < limit {
-			return nil, fmt.Errorf("reserve %s of memory for the snapstore: %w", FormatSize(limit), err)
+			return nil, fmt.Errorf("open snapstore in memory: no room for %s", FormatSize(limit))
 		}
 	}
+	p.traits = Traits{Spec: Spec{Kind: Mem, Limit: limit}, Limit: limit, Slots: slots}
+	return p, nil
+}
+
+// reserve takes addresses for slots slots.
+func (p *memPart) reserve(slots int64) (err error) {
+	n := slots * SlotSize
+	p.whole, err = unix.Mmap(-1, 0, int(n+hugePage), unix.PROT_READ|unix.PROT_WRITE,
+		unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE)
+	if err != nil {
+		return err
+	}
+	skip := -uintptr(unsafe.Pointer(&p.whole[0])) % hugePage
+	p.mem = p.whole[skip:][:n]
 	// A huge page under a single block would take 512 times its space.
 	_ = unix.Madvise(p.mem, unix.MADV_NOHUGEPAGE)
 	// What images were made of is of no use in a core dump.
 	_ = unix.Madvise(p.mem, unix.MADV_DONTDUMP)
-	p.traits = Traits{Spec: Spec{Kind: Mem, Limit: limit}, Slots: slots}
-	return p, nil
-}
-
-func quarterOfMemory() (int64, error) {
-	var info unix.Sysinfo_t
-	if err := unix.Sysinfo(&info); err != nil {
-		return 0, fmt.Errorf("ask for the size of memory: %w", err)
-	}
-	total := int64(info.Totalram) * int64(info.Unit)
-	return total / 4 / SlotSize * SlotSize, nil
+	return nil
 }
 
 func (p *memPart) Traits() Traits { return p.traits }
@@ -88,7 +89,14 @@ func (p *memPart) WriteAt(b []byte, off int64) (int, error) {
 	return copy(p.mem[off:off+int64(len(b))], b), nil
 }
 
-func (p *memPart) Prepare(off, n int64) error { return p.advise(off, n, unix.MADV_POPULATE_WRITE) }
+// Prepare has the kernel use huge pages where it has some: they cost a third.
+// The mapping takes them only while it is being populated, because a daemon of
+// the kernel would later make one of what is left of a unit after a punch.
+func (p *memPart) Prepare(off, n int64) error {
+	_ = p.advise(off, n, unix.MADV_HUGEPAGE)
+	defer p.advise(off, n, unix.MADV_NOHUGEPAGE)
+	return p.advise(off, n, unix.MADV_POPULATE_WRITE)
+}
 
 func (p *memPart) Punch(off, n int64) error { return p.advise(off, n, unix.MADV_DONTNEED) }
 
@@ -103,8 +111,9 @@ func (p *memPart) advise(off, n int64, advice int) error {
 
 func (p *memPart) NextData(off int64) (int64, error) { return off, nil }
 
-// Avail does not bound the part further: its limit does.
-func (p *memPart) Avail() (int64, error) { return math.MaxInt64, nil }
+// Avail is what the machine can give without swapping: a full snapstore costs
+// snapshots, memory that is used up the whole process.
+func (p *memPart) Avail() (int64, error) { return memInfo("MemAvailable") }
 
 func (p *memPart) Close() error {
 	p.mu.Lock()
@@ -112,7 +121,6 @@ func (p *memPart) Close() error {
 	if p.mem == nil {
 		return errClosed
 	}
-	mem := p.mem
 	p.mem = nil
-	return unix.Munmap(mem)
+	return unix.Munmap(p.whole)
 }

@@ -63,8 +63,11 @@ type Part interface {
 
 // Traits describe an open part.
 type Traits struct {
-	Spec Spec      // with the limit in force
+	Spec Spec      // opens it again
 	ID   uuid.UUID // kept in its header; zero for memory
+
+	// Limit is how many bytes the blocks in use may take in all.
+	Limit int64
 
 	// Slots is how many slots it has addresses for. They are more than its
 	// limit has room for where a slot need not have backing for each block.
@@ -91,6 +94,8 @@ func Open(spec Spec, force bool) (Part, error) {
 		return OpenMem(spec.Limit)
 	case File:
 		return OpenFile(spec.Path, spec.Limit, force)
+	case Dev:
+		return OpenDev(spec.Path, force)
 	}
 	return nil, fmt.Errorf("open snapstore: unknown kind %q", spec.Kind)
 }

@@ -21,9 +21,9 @@ type Pool struct {
 	// byNo finds a part without a lock. An entry is set once, under mu.
 	byNo [256]atomic.Pointer[ledger]
 
-	done      chan struct{}  // closed by Close
-	running   sync.WaitGroup // keepers and watch
-	watchKick chan struct{}  // wakes watch
+	done      chan struct{} // closed by Close
+	watched   chan struct{} // closed when watch is over
+	watchKick chan struct{} // wakes watch
 
 	// mu protects what follows and the ledgers. It is never held across
 	// I/O, nor while a function of somebody else is called.
@@ -40,19 +40,16 @@ type Pool struct {
 	closed  bool
 }
 
-// idleAfter is for how long nothing is given out before what is spare in a
-// part is given back.
-const idleAfter = time.Second
-
 // NewPool makes a pool of parts, which it closes when it is closed. They are
 // numbered from 1 on. More than 255 of them are a mistake that panics.
 func NewPool(parts ...Part) *Pool {
 	p := &Pool{
 		done:      make(chan struct{}),
+		watched:   make(chan struct{}),
 		watchKick: make(chan struct{}, 1),
 		samples:   []sample{{at: time.Now()}},
 	}
-	p.running.Go(p.watch)
+	go p.watch()
 	for _, part := range parts {
 		if err := p.Add(part); err != nil {
 			panic("store: NewPool: " + err.Error())
@@ -89,7 +86,7 @@ func (p *Pool) AddAs(no uint8, part Part) error {
 	p.size += l.limit
 	p.reserve = reserveOf(p.size)
 	p.noteFreed()
-	p.running.Go(func() { p.keep(l) })
+	go p.keep(l)
 	return nil
 }
 
@@ -145,23 +142,21 @@ func (p *Pool) room(reserve bool) int64 {
 // Extend counts more blocks of a slot in use; those that count already stay as
 // they are. ErrFull says that they must be written to another slot: there is
 // no room in this part, or the blocks were shrunk away a moment ago.
-func (p *Pool) Extend(s Slot, mask uint16) error {
-	return p.extend(s, mask, false)
-}
+func (p *Pool) Extend(s Slot, mask uint16) error { return p.extend(s, mask, false) }
 
-// ExtendReserve is to Extend what AllocReserve is to Alloc.
-func (p *Pool) ExtendReserve(s Slot, mask uint16) error {
-	return p.extend(s, mask, true)
-}
+// ExtendReserve is Extend for those who may use the reserve.
+func (p *Pool) ExtendReserve(s Slot, mask uint16) error { return p.extend(s, mask, true) }
 
 func (p *Pool) extend(s Slot, mask uint16, reserve bool) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	l := p.inUse(s, "extend")
 	if l == nil {
-		return errNotInUse
+		return fmt.Errorf("extend slot %v: it is not in use", s)
 	}
-	return l.extend(s.index(), mask, min(p.room(reserve), l.room()))
+	err := l.extend(s.index(), mask, min(p.room(reserve), l.room()))
+	p.noteSpace()
+	return err
 }
 
 // Free takes a slot out of use; mask is its blocks in use. The caller
@@ -207,8 +202,6 @@ func (p *Pool) Quarantine(s Slot) {
 	l.inUse.remove(s.index())
 	l.state(s.index()).stuck = true
 }
-
-var errNotInUse = errors.New("slot is not in use")
 
 // inUse returns the ledger of a slot that is in use; nil, and a note for Check,
 // for any other. The caller holds mu.
@@ -299,27 +292,4 @@ func (p *Pool) noteFreed() {
 		close(p.wake)
 		p.wake = nil
 	}
-}
-
-// Close waits for the keepers and closes all parts. It leaves what they hold as
-// it is: a successor may adopt it.
-func (p *Pool) Close() error {
-	p.mu.Lock()
-	if p.closed {
-		p.mu.Unlock()
-		return errClosed
-	}
-	p.closed = true
-	close(p.done)
-	p.noteFreed()
-	p.mu.Unlock()
-
-	p.running.Wait()
-	var errs []error
-	for _, l := range p.ledgers {
-		if err := l.part.Close(); err != nil {
-			errs = append(errs, fmt.Errorf("close snapstore %v: %w", l.traits.Spec, err))
-		}
-	}
-	return errors.Join(errs...)
 }

@@ -46,23 +46,29 @@ func (c *claim) extents(fn func(off, n int64) error) error {
 
 // trim punches until no more than target blocks are spare.
 func (p *Pool) trim(l *ledger, target int64) error {
+	for p.trimStep(l, target) {
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return l.failed
+}
+
+// trimStep punches a run of slots if more than target blocks are spare, and
+// says whether it did.
+func (p *Pool) trimStep(l *ledger, target int64) bool {
 	l.punch.Lock()
 	defer l.punch.Unlock()
-	for {
-		p.mu.Lock()
-		more := l.claimSpare(target)
-		p.mu.Unlock()
-		if !more {
-			return nil
-		}
-		err := l.claim.extents(l.part.Punch)
-		p.mu.Lock()
-		l.settle(err)
-		p.mu.Unlock()
-		if err != nil {
-			return err
-		}
+	p.mu.Lock()
+	more := l.claimSpare(target)
+	p.mu.Unlock()
+	if !more {
+		return false
 	}
+	err := l.claim.extents(l.part.Punch)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	l.settle(err)
+	return err == nil
 }
 
 // claimSpare claims the next run of dirty slots if more than target blocks are
@@ -71,11 +77,14 @@ func (l *ledger) claimSpare(target int64) bool {
 	if l.spare <= target || l.failed != nil {
 		return false
 	}
+	// Who asks for slots meanwhile must find some, also where there are just
+	// as many as have room.
+	most := int(min(maxClaim, (l.warm.n+l.clean.n+l.traits.Slots-l.fresh+3)/4))
 	if l.dirty.n == 0 {
-		l.cool()
+		l.cool(most)
 	}
 	first, _ := l.dirty.next(0)
-	n := l.dirty.run(first, maxClaim)
+	n := l.dirty.run(first, max(most, 1))
 	l.claim.first, l.claim.masks = first, l.claim.masks[:0]
 	for i := first; i < first+int64(n); i++ {
 		mask := AllBlocks
@@ -89,8 +98,8 @@ func (l *ledger) claimSpare(target int64) bool {
 }
 
 // cool makes some of the slots dirty that waited to be used again.
-func (l *ledger) cool() {
-	if i, n := l.warm.findRun(maxClaim); n > 0 {
+func (l *ledger) cool(most int) {
+	if i, n := l.warm.findRun(most); n > 0 {
 		for k := i; k < i+int64(n); k++ {
 			l.warm.remove(k)
 			l.dirty.add(k)

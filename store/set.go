@@ -120,3 +120,16 @@ func (s *slotSet) findRun(want int) (start int64, n int) {
 	}
 	return start, n
 }
+
+// findUnit returns the start of a whole unit of members, near the lowest ones.
+func (s *slotSet) findUnit() (int64, bool) {
+	at, ok := s.next(0)
+	for tries := 0; ok && tries < 64; tries++ {
+		at = (at + unitSlots - 1) / unitSlots * unitSlots
+		if s.run(at, unitSlots) == unitSlots {
+			return at, true
+		}
+		at, ok = s.next(at + unitSlots)
+	}
+	return 0, false
+}

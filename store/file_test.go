@@ -1,0 +1,236 @@
+package store
+
+import (
+	"bytes"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+func TestFileIsCreated(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "store")
+	part := openFile(t, path, 1<<20)
+	defer part.Close()
+	info, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, want := info.Mode(), os.FileMode(0o600); got != want {
+		t.Errorf("mode\n got %v\nwant %v", got, want)
+	}
+	got := part.Traits()
+	want := Traits{
+		Spec:    Spec{File, path, 1 << 20},
+		ID:      got.ID,
+		Limit:   1 << 20,
+		Slots:   256,
+		MayHang: true,
+	}
+	if got != want || got.ID == [16]byte{} {
+		t.Errorf("traits\n got %+v\nwant %+v with an ID", got, want)
+	}
+}
+
+// TestFileKeepsItsHeader opens a store again, with and without a limit.
+func TestFileKeepsItsHeader(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "store")
+	part := openFile(t, path, 1<<20)
+	id := part.Traits().ID
+	part.Close()
+	for _, tc := range []struct {
+		name        string
+		limit, want int64
+		force       bool
+	}{
+		{name: "no limit", limit: 0, want: 1 << 20},
+		{name: "another limit", limit: 2 << 20, want: 2 << 20},
+		{name: "that limit stays", limit: 0, want: 2 << 20},
+		{name: "force keeps a good store", limit: 0, want: 2 << 20, force: true},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			part, err := OpenFile(path, tc.limit, tc.force)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer part.Close()
+			if got := part.Traits(); got.Limit != tc.want || got.ID != id {
+				t.Errorf("OpenFile with limit %d\n got limit %d, ID %v\nwant limit %d, ID %v", tc.limit, got.Limit, got.ID, tc.want, id)
+			}
+		})
+	}
+}
+
+func TestFileDefaultLimit(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "store")
+	var s unix.Statfs_t
+	if err := unix.Statfs(filepath.Dir(path), &s); err != nil {
+		t.Fatal(err)
+	}
+	half := int64(s.Bavail) * s.Bsize / 2
+	part := openFile(t, path, 0)
+	limit := part.Traits().Limit
+	part.Close()
+	if limit%SlotSize != 0 || limit < half*9/10 || limit > half*11/10 {
+		t.Errorf("default limit\n got %d\nwant about half of the free space, %d, in whole slots", limit, half)
+	}
+	part = openFile(t, path, 0)
+	defer part.Close()
+	if again := part.Traits().Limit; again != limit {
+		t.Errorf("default limit of a store that exists\n got %d\nwant %d as before", again, limit)
+	}
+}
+
+// TestFileRefuses opens what is no store. Nothing may change by it.
+func TestFileRefuses(t *testing.T) {
+	good := goldenHeader.encode()
+	newer := bytes.Clone(good)
+	newer[16] = 2
+	damaged := bytes.Clone(good)
+	damaged[100] = 1
+	dir := t.TempDir()
+	file := func(name string, content []byte) string {
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, content, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	for _, tc := range []struct {
+		name  string
+		path  string
+		limit int64
+		is    error // what errors.Is must find, if anything
+		says  string
+	}{
+		{"foreign data", file("foreign", []byte("a disk image")), 0, ErrForeign, "not a snapstore"},
+		{"zeroes", file("zeroes", make([]byte, 1<<20)), 0, ErrForeign, "not a snapstore"},
+		{"newer version", file("newer", newer), 0, ErrNewer, "made by a newer version of blksnap: version 2 of its header"},
+		{"damaged", file("damaged", damaged), 0, ErrDamaged, "damaged snapstore: its header has checksum"},
+		{"cut off", file("cut", good[:100]), 0, ErrDamaged, "damaged snapstore: its header ends after 100 bytes"},
+		{"a directory", dir, 0, nil, "it is not a regular file (drwx"},
+		{"no directory", filepath.Join(dir, "none", "store"), 0, nil, "its directory " + filepath.Join(dir, "none") + " does not exist"},
+		{"a character device", "/dev/null", 0, nil, "it is a device; use dev:/dev/null"},
+		{"limit below a slot", filepath.Join(dir, "new"), SlotSize - 1, nil, "limit 65535 is too small: a chunk takes 64KiB"},
+		{"negative limit", filepath.Join(dir, "new"), -1, nil, "limit -1 is too small: a chunk takes 64KiB"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			before, _ := os.ReadFile(tc.path)
+			part, err := OpenFile(tc.path, tc.limit, false)
+			if err == nil {
+				part.Close()
+				t.Fatalf("OpenFile(%s): no error", tc.path)
+			}
+			want := "open snapstore " + tc.path + ": " + tc.says
+			if !strings.HasPrefix(err.Error(), want) || strings.Contains(err.Error(), "\n") || tc.is != nil && !errors.Is(err, tc.is) {
+				t.Errorf("OpenFile(%s)\n got %v\nwant %s...", tc.path, err, want)
+			}
+			if after, _ := os.ReadFile(tc.path); !bytes.Equal(after, before) {
+				t.Errorf("%s changed", tc.path)
+			}
+		})
+	}
+	if _, err := os.Stat(filepath.Join(dir, "new")); err == nil {
+		t.Errorf("a refused limit left a file behind")
+	}
+}
+
+func TestFileForce(t *testing.T) {
+	for _, tc := range []struct {
+		name    string
+		content []byte
+	}{
+		{"foreign", bytes.Repeat([]byte("image"), 100_000)},
+		{"damaged", goldenHeader.encode()[:1000]},
+		{"newer", append([]byte(headerMagic+"\x02\x00\x00\x00"), make([]byte, 5000)...)},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "store")
+			if err := os.WriteFile(path, tc.content, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			part, err := OpenFile(path, 1<<20, true)
+			if err != nil {
+				t.Fatalf("OpenFile with force: %v", err)
+			}
+			defer part.Close()
+			if got := part.Traits().Held; got != 0 {
+				t.Errorf("slots held\n got %d\nwant 0", got)
+			}
+			if got := backingOf(t, path); got > 8192 {
+				t.Errorf("bytes on disk\n got %d\nwant the header alone", got)
+			}
+		})
+	}
+}
+
+func TestFileInUse(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "store")
+	part := openFile(t, path, 1<<20)
+	for _, force := range []bool{false, true} {
+		if _, err := OpenFile(path, 0, force); !errors.Is(err, ErrInUse) {
+			t.Errorf("OpenFile of an open store, force %v\n got %v\nwant %v", force, err, ErrInUse)
+		}
+	}
+	part.Close()
+	openFile(t, path, 0).Close()
+}
+
+// TestForceSparesLockedImages: a disk image that QEMU has open is locked as
+// here, and no force takes it away.
+func TestForceSparesLockedImages(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "image")
+	content := []byte("the disk of a running machine")
+	if err := os.WriteFile(path, content, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	l := unix.Flock_t{Type: unix.F_RDLCK, Start: 100, Len: 1}
+	if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &l); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := OpenFile(path, 1<<20, true); !errors.Is(err, ErrInUse) {
+		t.Errorf("OpenFile with force\n got %v\nwant %v", err, ErrInUse)
+	}
+	if after, _ := os.ReadFile(path); !bytes.Equal(after, content) {
+		t.Errorf("the image\n got %q\nwant %q", after, content)
+	}
+}
+
+func TestFileOnAFullDisk(t *testing.T) {
+	if !inNamespace(t) {
+		return
+	}
+	dir := mountTmpfs(t, "1m")
+	fill := filepath.Join(dir, "fill")
+	for _, tc := range []struct {
+		name  string
+		fill  int
+		limit int64
+		says  string
+	}{
+		{"half of nothing", 0, 0, "its file system has 1048576 bytes free, half of which is less than 16MiB: free some or give a limit"},
+		{"no room for the header", 1 << 20, 1 << 20, "write header: no space left on device"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			if err := os.WriteFile(fill, make([]byte, tc.fill), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			path := filepath.Join(dir, "store")
+			_, err := OpenFile(path, tc.limit, false)
+			if want := "open snapstore " + path + ": " + tc.says; err == nil || err.Error() != want {
+				t.Errorf("OpenFile\n got %v\nwant %s", err, want)
+			}
+			if _, err := os.Stat(path); err == nil {
+				t.Errorf("%s was left behind", path)
+			}
+		})
+	}
+}
