@@ -67,7 +67,7 @@ func (d *Daemon) changesAt(device, snapshot string) (*cow.Changes, error) {
 // parseNumber reads a snapshot's number in the one form that it is written in.
 func parseNumber(s string) (uint64, bool) {
 	n, err := strconv.ParseUint(s, 10, 64)
-	return n, err == nil && strconv.FormatUint(n, 10) == s
+	return n, err == nil && decimal(n) == s
 }
 
 func asExtents(runs iter.Seq2[cow.Run, error]) iter.Seq2[Extent, error] {
@@ -116,3 +116,6 @@ func (d *Daemon) reset(device string) error {
 	}
 	return nil
 }
+
+// decimal is parseNumber's inverse.
+func decimal(n uint64) string { return strconv.FormatUint(n, 10) }

@@ -5,7 +5,6 @@ package control
 import (
 	"fmt"
 	"iter"
-	"strconv"
 	"strings"
 	"syscall"
 
@@ -42,7 +41,7 @@ func (m mapper) Contexts() []string {
 	c := m.changes()
 	names := []string{allocationContext}
 	for _, n := range m.d.numbers(m.device, c.Base(), c.Number()) {
-		names = append(names, dirtyContext+strconv.FormatUint(n, 10))
+		names = append(names, dirtyContext+decimal(n))
 	}
 	return names
 }

@@ -105,8 +105,8 @@ func changesPairs(prefix string, v ChangesInfo) []string {
 	return []string{
 		prefix + "block_size", strconv.FormatInt(v.BlockSize, 10),
 		prefix + "generation", v.Generation,
-		prefix + "number", strconv.FormatUint(v.Number, 10),
-		prefix + "base", strconv.FormatUint(v.Base, 10),
+		prefix + "number", decimal(v.Number),
+		prefix + "base", decimal(v.Base),
 	}
 }
 
@@ -143,7 +143,7 @@ func (o Output) Snapshot(v SnapshotInfo) error {
 	}
 	fmt.Fprintln(o)
 	return printAll(o, "DEVICE SIZE STATE HOLDS NUMBER URI", v.Images, func(i ImageInfo) []string {
-		return []string{i.Device, people(i.Size), i.State, people(i.Holds), strconv.FormatUint(i.CBT.Number, 10), i.URI}
+		return []string{i.Device, people(i.Size), i.State, people(i.Holds), decimal(i.CBT.Number), i.URI}
 	})
 }
 
