@@ -198,6 +198,8 @@ func (d *fakeDevice) Changes() Changes {
 	return d.changes
 }
 
+func (d *fakeDevice) Tracking() Tracking { return d.Changes() }
+
 // write changes the device and its map.
 func (d *fakeDevice) write(p []byte, off int64) {
 	d.mu.Lock()

@@ -4,6 +4,7 @@ package fusefs
 
 import (
 	"context"
+	"sync"
 	"syscall"
 
 	"github.com/hanwen/go-fuse/v2/fs"
@@ -90,14 +91,43 @@ func (f *imageFile) Open(_ context.Context, flags uint32) (fs.FileHandle, uint32
 	if err := f.image.Acquire(); err != nil {
 		return nil, 0, f.tree.errno("open", f.Path(nil), err)
 	}
+	h := &imageHandle{f}
+	f.tree.open.add(h)
 	if writes(flags) {
-		return &imageHandle{f}, fuse.FOPEN_DIRECT_IO | fuse.FOPEN_PARALLEL_DIRECT_WRITES, 0
+		return h, fuse.FOPEN_DIRECT_IO | fuse.FOPEN_PARALLEL_DIRECT_WRITES, 0
 	}
-	return &imageHandle{f}, fuse.FOPEN_DIRECT_IO | fuse.FOPEN_NOFLUSH, 0
+	return h, fuse.FOPEN_DIRECT_IO | fuse.FOPEN_NOFLUSH, 0
 }
 
 // imageHandle is an open image.
 type imageHandle struct{ file *imageFile }
+
+// openImages are the images that are open. A kernel whose connection is cut
+// sends no release, and an image in use cannot be destroyed.
+type openImages struct {
+	mu      sync.Mutex
+	handles map[*imageHandle]struct{}
+}
+
+func (o *openImages) add(h *imageHandle) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.handles[h] = struct{}{}
+}
+
+func (o *openImages) remove(h *imageHandle) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	delete(o.handles, h)
+}
+
+// releaseAll releases what is still open once nothing is served any more.
+func (o *openImages) releaseAll() {
+	for h := range o.handles {
+		h.file.image.Release()
+	}
+	clear(o.handles)
+}
 
 // Read is the one way in which the content of images reaches the kernel. p is
 // one of go-fuse's pooled buffers, up to maxIO long.
@@ -176,6 +206,7 @@ func (h *imageHandle) Lseek(_ context.Context, off uint64, whence uint32) (uint6
 }
 
 func (h *imageHandle) Release(context.Context) syscall.Errno {
+	h.file.tree.open.remove(h)
 	h.file.image.Release()
 	return 0
 }

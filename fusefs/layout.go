@@ -39,7 +39,7 @@ func (t *Tree) devices(tr traits) *dir {
 func (t *Tree) device(dev Device) *dir {
 	tr := traits{tree: t, kind: syscall.S_IFDIR, live: true, born: time.Now()}
 	return fixed(tr, dev,
-		changes(tr, "cbt", dev.Changes),
+		changes(tr, "cbt", dev.Tracking, dev.Changes),
 		line(tr, "origin", dev.Origin),
 		line(tr, "size", func() string { return decimal(dev.Size()) }),
 		line(tr, "state", dev.State),
@@ -47,17 +47,17 @@ func (t *Tree) device(dev Device) *dir {
 	)
 }
 
-// changes returns an item for a directory of change tracking.
-func changes(tr traits, name string, get func() Changes) item {
+// changes returns an item for a directory of change tracking. Its files are as
+// live as tr, the directory itself is its parent's for life.
+func changes(tr traits, name string, tracking func() Tracking, changes func() Changes) item {
 	return item{name, syscall.S_IFDIR, func() entry {
-		// The directory is its parent's for life; its files are as live as tr.
 		return fixed(tr.as(syscall.S_IFDIR, always), nil,
-			line(tr, "base", func() string { return decimal(get().Base()) }),
-			line(tr, "block_size", func() string { return decimal(get().BlockSize()) }),
-			line(tr, "generation", func() string { return get().Generation() }),
-			mapItem(tr, get),
-			line(tr, "number", func() string { return decimal(get().Number()) }),
-			since(tr, get),
+			line(tr, "base", func() string { return decimal(tracking().Base()) }),
+			line(tr, "block_size", func() string { return decimal(tracking().BlockSize()) }),
+			line(tr, "generation", func() string { return tracking().Generation() }),
+			mapItem(tr, tracking, changes),
+			line(tr, "number", func() string { return decimal(tracking().Number()) }),
+			since(tr, tracking, changes),
 		)
 	}}
 }
@@ -105,8 +105,9 @@ func imageItems(tr traits, snap Snapshot, device string) []item {
 	if !ok {
 		return nil
 	}
+	tracking := func() Tracking { return image.Changes() }
 	return []item{
-		changes(tr, device+".cbt", image.Changes),
+		changes(tr, device+".cbt", tracking, image.Changes),
 		imageItem(tr, device+".img", image),
 		line(tr.state(), device+".state", image.State),
 	}

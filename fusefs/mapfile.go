@@ -13,7 +13,8 @@ import (
 )
 
 // mapFile shows the map's bytes. Each open file has the map as of its own open:
-// Changes never change, so that needs no copy.
+// Changes never change, so that needs no copy. The time of the last change is
+// that of the last open: whoever compares times copies the map again.
 type mapFile struct {
 	node
 	changes func() Changes
@@ -21,14 +22,14 @@ type mapFile struct {
 
 	// mu protects the field below.
 	mu     sync.Mutex
-	opened time.Time // when a live map was last opened
+	opened time.Time // last, or when the node was made
 }
 
-// mapItem returns the item for the map of changes.
-func mapItem(tr traits, changes func() Changes) item {
-	tr.kind = syscall.S_IFREG
+// mapItem returns an item for the map of changes.
+func mapItem(tr traits, tracking func() Tracking, changes func() Changes) item {
+	tr = tr.as(syscall.S_IFREG, 0)
 	return item{"map", tr.kind, func() entry {
-		return &mapFile{node: node{traits: tr}, changes: changes, size: changes().MapSize(), opened: tr.born}
+		return &mapFile{node: node{traits: tr}, changes: changes, size: tracking().MapSize(), opened: time.Now()}
 	}}
 }
 
@@ -39,21 +40,19 @@ func (f *mapFile) is(old fs.InodeEmbedder) bool {
 	return ok && f.size == o.size
 }
 
-func (f *mapFile) known(out *fuse.EntryOut) { out.SetAttrTimeout(f.stat(&out.Attr)) }
+func (f *mapFile) known(out *fuse.EntryOut) { f.stat(&out.Attr) }
 
 func (f *mapFile) Getattr(_ context.Context, _ fs.FileHandle, out *fuse.AttrOut) syscall.Errno {
-	out.SetTimeout(f.stat(&out.Attr))
+	f.stat(&out.Attr)
 	return 0
 }
 
-// stat fills in a and returns how long it may be kept.
-func (f *mapFile) stat(a *fuse.Attr) time.Duration {
+func (f *mapFile) stat(a *fuse.Attr) {
 	f.mu.Lock()
 	opened := f.opened
 	f.mu.Unlock()
 	f.attr(a, textPerm, opened)
 	a.Size = uint64(f.size)
-	return f.keep
 }
 
 func (f *mapFile) Open(_ context.Context, flags uint32) (fs.FileHandle, uint32, syscall.Errno) {
@@ -64,11 +63,9 @@ func (f *mapFile) Open(_ context.Context, flags uint32) (fs.FileHandle, uint32, 
 	if changes.MapSize() != f.size {
 		return nil, 0, syscall.ESTALE // the kernel looks the name up again
 	}
-	if f.live {
-		f.mu.Lock()
-		f.opened = time.Now()
-		f.mu.Unlock()
-	}
+	f.mu.Lock()
+	f.opened = time.Now()
+	f.mu.Unlock()
 	return &mapHandle{changes}, fuse.FOPEN_DIRECT_IO | fuse.FOPEN_NOFLUSH, 0
 }
 

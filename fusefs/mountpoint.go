@@ -14,6 +14,9 @@ import (
 	"time"
 )
 
+// maxLinks is how many symbolic links the last part of a path may lead through.
+const maxLinks = 40
+
 // answerTime is how long a mount that is in our way may take to show that it is
 // alive.
 const answerTime = 2 * time.Second
@@ -36,25 +39,36 @@ func prepare(ctx context.Context, dir string, create bool) (string, error) {
 	return path, checkEmpty(path)
 }
 
-// resolve returns dir as an absolute path without symbolic links. A last part
-// that does not exist, or on which a dead mount lies, is left as it is.
+// resolve returns dir as an absolute path without symbolic links. It does not
+// touch what is mounted on dir: that can be dead, or hang. What does not exist
+// is left as it is.
 func resolve(dir string) (string, error) {
 	path, err := filepath.Abs(dir)
 	if err != nil {
 		return "", err
 	}
-	real, err := filepath.EvalSymlinks(path)
-	switch {
-	case err == nil:
-		return real, nil
-	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ENOTCONN):
+	for range maxLinks {
 		parent, err := filepath.EvalSymlinks(filepath.Dir(path))
 		if errors.Is(err, fs.ErrNotExist) {
 			return path, nil // to be created, or refused
 		}
-		return filepath.Join(parent, filepath.Base(path)), err
+		if err != nil {
+			return "", err
+		}
+		path = filepath.Join(parent, filepath.Base(path))
+		if _, ok, err := mountAt(path); ok || err != nil {
+			return path, err
+		}
+		target, err := os.Readlink(path)
+		if err != nil {
+			return path, nil // no link
+		}
+		if !filepath.IsAbs(target) {
+			target = filepath.Join(parent, target)
+		}
+		path = target
 	}
-	return "", err
+	return "", syscall.ELOOP
 }
 
 // checkEmpty fails unless path is an empty directory.

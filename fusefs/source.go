@@ -46,6 +46,11 @@ type Device interface {
 	URI() string    // NBD URI of its live export
 	State() string  // "ok", "stopping" or "failed: why"
 
+	// Tracking is what its change tracking is called and counts as of this
+	// call. Unlike Changes it costs the device's writers nothing: scripts ask
+	// for the number every second.
+	Tracking() Tracking
+
 	// Changes is the change tracking as of this call; it does not change
 	// afterwards.
 	Changes() Changes
@@ -91,31 +96,37 @@ type Image interface {
 	Acquire() error
 	Release()
 
-	// Changes is the change tracking frozen at the snapshot.
+	// Changes is the change tracking frozen at the snapshot, with what was
+	// marked since because of writes to its image or to an older one.
 	Changes() Changes
+}
+
+// Tracking is what the names and the small files of a cbt directory say.
+type Tracking interface {
+	MapSize() int64     // bytes: one for each tracking block
+	BlockSize() int64   // bytes
+	Generation() string // UUID
+	Number() uint64
+	Base() uint64
+
+	// Numbers are those of existing snapshots from Base to Number, ascending.
+	Numbers() []uint64
 }
 
 // Changes is the content of one cbt directory: it never changes once it was
 // handed out.
 type Changes interface {
-	// MapSize is the number of tracking blocks, ReadMap fills p with the
-	// map's bytes from off on, one for each tracking block, and returns how
-	// many there were.
-	MapSize() int64
-	ReadMap(p []byte, off int64) int
+	Tracking
 
-	BlockSize() int64   // bytes
-	Generation() string // UUID
-	Number() uint64
-	Base() uint64
+	// ReadMap fills p with the map's bytes from off on and returns how many
+	// there were.
+	ReadMap(p []byte, off int64) int
 
 	// Since yields the runs of bytes changed after snapshot num, All those
 	// that are allocated, in order, disjoint, and clipped to the device. Since
 	// returns false if num is below Base or above Number.
 	Since(num uint64) (iter.Seq2[Run, error], bool)
 	All() iter.Seq2[Run, error]
-	// Numbers are those of existing snapshots from Base to Number, ascending.
-	Numbers() []uint64
 }
 
 // Run is a line of since/NUM.

@@ -3,16 +3,19 @@
 package fusefs
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"runtime/debug"
 	"sync"
 
 	"github.com/hanwen/go-fuse/v2/fs"
 	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
 )
 
 // Options say where and for whom the tree is mounted.
@@ -43,6 +46,7 @@ type Tree struct {
 	server  *fuse.Server
 	top     *dir
 	texts   budget
+	open    openImages
 	gone    departures
 
 	done    chan struct{}  // closed when the kernel has unmounted the tree
@@ -67,29 +71,71 @@ func Mount(ctx context.Context, src Source, o Options) (*Tree, error) {
 		done:    make(chan struct{}),
 	}
 	t.gone.wake = make(chan struct{}, 1)
+	t.open.handles = map[*imageHandle]struct{}{}
 	if o.AllowOther {
 		t.dirPerm = 0o755
 	}
 	t.top = t.root()
+	if err := t.mount(ctx, o.AllowOther); err != nil {
+		return nil, fmt.Errorf("mount the tree on %s: %w", dir, err)
+	}
+	return t, nil
+}
+
+// mount mounts the tree and returns when it is served.
+func (t *Tree) mount(ctx context.Context, allowOther bool) error {
+	fd, err := attach(ctx, t.dir, allowOther)
+	if err != nil {
+		return err
+	}
 	raw := fs.NewNodeFS(t.top, &fs.Options{
 		FirstAutomaticIno: 2,
 		RootStableAttr:    &fs.StableAttr{Ino: 1},
 	})
-	if t.server, err = fuse.NewServer(raw, dir, t.mountOptions(o.AllowOther)); err != nil {
-		return nil, fmt.Errorf("mount the tree on %s: %w", dir, err)
+	// The server is given what attach has mounted, by a name that means that.
+	t.server, err = fuse.NewServer(raw, fmt.Sprintf("/dev/fd/%d", fd), t.serverOptions())
+	if err != nil {
+		unix.Close(fd)
+		return errors.Join(err, unmount(ctx, t.dir, detach))
 	}
-	return t, t.serve(ctx)
+	t.serving.Go(func() {
+		t.server.Serve()
+		t.open.releaseAll()
+		close(t.done)
+	})
+	t.serving.Go(t.notify)
+	if err = t.firstAnswer(); err != nil {
+		return errors.Join(err, t.Unmount(ctx))
+	}
+	return nil
 }
 
-// mountOptions returns what measured best for images, see docs.
-func (t *Tree) mountOptions(allowOther bool) *fuse.MountOptions {
-	o := &fuse.MountOptions{
-		FsName:             "blksnap",
-		Name:               "blksnap",
-		AllowOther:         allowOther,
+// firstAnswer makes the tree answer its first requests: what it is in the mount
+// table, and to a poll. go-fuse does not know poll, and the kernel, told so
+// once, never asks again. Otherwise the first file of the tree that this very
+// process opens could stop it: the Go runtime polls files in a way that holds up
+// the goroutine that is to answer.
+func (t *Tree) firstAnswer() error {
+	m, ok, err := mountAt(t.dir)
+	if err != nil || !ok || m.fsType != fsType {
+		return cmp.Or(err, errors.New("it is not in the mount table"))
+	}
+	t.dev = m.dev
+	fd, err := unix.Open(filepath.Join(t.dir, "version"), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("open its first file: %w", err)
+	}
+	defer unix.Close(fd)
+	_, err = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
+	return err
+}
+
+// serverOptions returns what measured best for images; docs/design.md says how
+// much each matters.
+func (t *Tree) serverOptions() *fuse.MountOptions {
+	return &fuse.MountOptions{
 		MaxWrite:           maxIO,
 		MaxBackground:      64,
-		DirectMountStrict:  os.Geteuid() == 0,
 		DisableXAttrs:      true,
 		DisableReadDirPlus: true, // it would stat, and so compute, what is listed
 		DisableSplice:      true, // what is read comes from buffers
@@ -100,30 +146,6 @@ func (t *Tree) mountOptions(allowOther bool) *fuse.MountOptions {
 			return fuse.EIO
 		},
 	}
-	if allowOther {
-		o.Options = []string{"default_permissions"}
-	}
-	return o
-}
-
-// serve starts to serve what NewServer has mounted.
-func (t *Tree) serve(ctx context.Context) error {
-	t.serving.Go(func() {
-		t.server.Serve()
-		close(t.done)
-	})
-	t.serving.Go(t.notify)
-	err := t.server.WaitMount()
-	m, ok, merr := mountAt(t.dir)
-	if err = errors.Join(err, merr); err == nil && !ok {
-		err = errors.New("it is not in the mount table")
-	}
-	t.dev = m.dev
-	if err != nil {
-		err = fmt.Errorf("mount the tree on %s: %w", t.dir, err)
-		return errors.Join(err, t.Unmount(ctx))
-	}
-	return nil
 }
 
 // Dir returns where the tree is mounted: an absolute path without symbolic

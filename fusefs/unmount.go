@@ -4,7 +4,6 @@ package fusefs
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -20,13 +19,15 @@ const grace = 200 * time.Millisecond
 
 // How unmount goes about it.
 const (
-	gentle = 0               // only if nothing is open
-	detach = unix.MNT_DETACH // take the name away, whatever is open
+	gentle = 0                                // only if nothing is open
+	detach = unix.MNT_DETACH | unix.MNT_FORCE // take it away from who has it open
 )
 
 // Unmount unmounts the tree and waits until no request is served any more. What
-// is still open then gets errors. It returns after ctx is done at the latest: an
-// error then says what still runs. Further calls, and one after somebody else
+// is still open then gets errors. It returns after ctx is done at the latest,
+// with an error if requests are still being served: because the Source does not
+// return from one, or because files are open that we have no right to take away.
+// They end with this process. Further calls, and one after somebody else
 // unmounted the tree, only wait.
 func (t *Tree) Unmount(ctx context.Context) error {
 	if err := t.leave(ctx); err != nil {
@@ -48,50 +49,66 @@ func (t *Tree) Unmount(ctx context.Context) error {
 // leave takes the mount away and makes the kernel end the connection.
 func (t *Tree) leave(ctx context.Context) error {
 	for end := time.Now().Add(grace); ; time.Sleep(grace / 20) {
-		mounted, err := t.mounted()
-		if err != nil || !mounted {
+		ours, merr := t.mounted(ctx)
+		if merr != nil || !ours {
 			break
 		}
-		err = unmount(ctx, t.dir, gentle)
-		if err == nil {
+		if unmount(ctx, t.dir, gentle) == nil {
 			break
 		}
 		if time.Now().After(end) || ctx.Err() != nil {
 			t.log.Warn("the tree is still in use and is taken away", "dir", t.dir)
-			if err := unmount(ctx, t.dir, detach); err != nil {
-				return err
-			}
-			break
+			return t.takeAway(ctx)
 		}
 	}
 	select {
 	case <-t.done:
 		return nil
 	case <-time.After(grace):
-		// A file is still open, or another mount namespace has the tree.
+		// Somebody else detached it with a file open, or another mount
+		// namespace has it, too.
 		return t.abort()
 	}
 }
 
-// mounted says whether the topmost mount on the directory is this tree, and not
-// one that somebody mounted after ours was gone.
-func (t *Tree) mounted() (bool, error) {
+// mounted says whether what is mounted on the directory is this tree, and not
+// one that somebody mounted there after ours was gone. That can have the same
+// device number, but it is alive when ours is done.
+func (t *Tree) mounted(ctx context.Context) (bool, error) {
 	m, ok, err := mountAt(t.dir)
-	return ok && m.dev == t.dev, err
+	if err != nil || !ok || m.dev != t.dev {
+		return false, err
+	}
+	select {
+	case <-t.done:
+		alive, err := answers(ctx, t.dir)
+		return !alive, err
+	default:
+		return true, nil
+	}
+}
+
+// takeAway unmounts what is in use.
+func (t *Tree) takeAway(ctx context.Context) error {
+	if err := unmount(ctx, t.dir, detach); err != nil || os.Geteuid() == 0 {
+		return err // for root detach has ended the connection, too
+	}
+	return t.abort()
 }
 
 // abort ends the connection to the kernel: all that use it get errors.
 func (t *Tree) abort() error {
 	_, minor, _ := strings.Cut(t.dev, ":")
 	err := os.WriteFile("/sys/fs/fuse/connections/"+minor+"/abort", []byte("1"), 0)
-	if errors.Is(err, os.ErrNotExist) {
-		select {
-		case <-t.done: // it ended by itself meanwhile
-			return nil
-		default:
-		}
+	select {
+	case <-t.done:
+		return nil // it ended by itself meanwhile
+	default:
 	}
-	return err
+	if err != nil {
+		return fmt.Errorf("its files are open and stay so until this process ends: %w", err)
+	}
+	return nil
 }
 
 // unmount unmounts what is on path, by fusermount3 where we are not privileged.
@@ -103,9 +120,5 @@ func unmount(ctx context.Context, path string, how int) error {
 	if how == detach {
 		args = append(args, "-z")
 	}
-	out, err := exec.CommandContext(ctx, "fusermount3", append(args, "--", path)...).CombinedOutput()
-	if err != nil {
-		return fmt.Errorf("%w: %s", err, strings.TrimSpace(string(out)))
-	}
-	return nil
+	return complain(exec.CommandContext(ctx, "fusermount3", append(args, "--", path)...))
 }

@@ -1,0 +1,79 @@
+package fusefs
+
+import (
+	"bytes"
+	"errors"
+	"flag"
+	"math/rand/v2"
+	"syscall"
+	"testing"
+	"time"
+)
+
+var seed = flag.Uint64("seed", uint64(time.Now().UnixNano()), "seed of the random tests")
+
+// TestTextAgainstBytes writes pieces of random lengths to a text and to plain
+// bytes, and reads and compares random ranges of both.
+func TestTextAgainstBytes(t *testing.T) {
+	t.Logf("repeat with -seed=%d", *seed)
+	rng := rand.New(rand.NewPCG(*seed, 0))
+	for range 20 {
+		var b budget
+		text, model := &text{budget: &b}, []byte{}
+		for range rng.IntN(40) {
+			p := make([]byte, rng.IntN(10000))
+			for i := range p {
+				p[i] = byte(rng.Uint32())
+			}
+			if err := text.write(p); err != nil {
+				t.Fatal(err)
+			}
+			model = append(model, p...)
+		}
+		text.trim()
+		if text.size != int64(len(model)) || b.used.Load() != text.size {
+			t.Fatalf("size %d, in budget %d, want both %d", text.size, b.used.Load(), len(model))
+		}
+		for range 100 {
+			off := rng.IntN(len(model) + 10)
+			p := make([]byte, rng.IntN(100000))
+			want := model[min(off, len(model)):min(off+len(p), len(model))]
+			if n := text.readAt(p, int64(off)); !bytes.Equal(p[:n], want) {
+				t.Fatalf("read of %d at %d of %d: %d bytes, want %d, or they differ", len(p), off, len(model), n, len(want))
+			}
+			if !text.hasAt(want, int64(off)) {
+				t.Fatalf("hasAt(%d bytes, %d) of %d\n got false\nwant true", len(want), off, len(model))
+			}
+			if len(want) > 0 {
+				other := bytes.Clone(want)
+				other[rng.IntN(len(other))]++
+				if text.hasAt(other, int64(off)) {
+					t.Fatalf("hasAt(%d changed bytes, %d) of %d\n got true\nwant false", len(want), off, len(model))
+				}
+			}
+		}
+		if text.hasAt([]byte{0}, text.size) {
+			t.Error("a text has a byte beyond its end")
+		}
+		text.free()
+		if used := b.used.Load(); used != 0 {
+			t.Fatalf("after free the budget holds %d bytes", used)
+		}
+	}
+}
+
+// TestTextLimit fills the budget: the text that does not fit is refused, and
+// what it had is given back.
+func TestTextLimit(t *testing.T) {
+	var b budget
+	b.used.Store(textLimit - 2*textChunk)
+	text := &text{budget: &b}
+	err := text.write(make([]byte, 3*textChunk))
+	if !errors.Is(err, syscall.ENOMEM) {
+		t.Errorf("write beyond the limit\n got %v\nwant %v", err, syscall.ENOMEM)
+	}
+	text.free()
+	if used := b.used.Load(); used != textLimit-2*textChunk {
+		t.Errorf("budget after free\n got %d\nwant %d", used, textLimit-2*textChunk)
+	}
+}
