@@ -24,13 +24,12 @@ var (
 	errStuck = errors.New("snapstore does not answer")
 )
 
-// copier reads and writes slots for those who wait at most limit.
+// copier reads and writes slots for those who wait until a deadline.
 type copier struct {
-	pool  *store.Pool
-	limit time.Duration
-	jobs  chan *slotIO // unbuffered: a send succeeds if a worker is free
-	quit  chan struct{}
-	free  sync.Pool // of *slotIO
+	pool *store.Pool
+	jobs chan *slotIO // unbuffered: a send succeeds if a worker is free
+	quit chan struct{}
+	free sync.Pool // of *slotIO
 }
 
 // slotIO is one request and who waits for it.
@@ -43,8 +42,8 @@ type slotIO struct {
 	timer *time.Timer
 }
 
-func newCopier(pool *store.Pool, limit time.Duration) *copier {
-	c := &copier{pool: pool, limit: limit, jobs: make(chan *slotIO), quit: make(chan struct{})}
+func newCopier(pool *store.Pool) *copier {
+	c := &copier{pool: pool, jobs: make(chan *slotIO), quit: make(chan struct{})}
 	c.free.New = func() any {
 		t := time.NewTimer(time.Hour)
 		t.Stop()
@@ -57,16 +56,17 @@ func newCopier(pool *store.Pool, limit time.Duration) *copier {
 func (c *copier) close() { close(c.quit) }
 
 // read fills p from byte off of the slot; p may reach into the slots after it.
-func (c *copier) read(s store.Slot, p []byte, off int64) error {
-	return c.do(false, s, p, off)
+// Where it returns errStuck, p must never be used again.
+func (c *copier) read(s store.Slot, p []byte, off int64, deadline time.Time) error {
+	return c.do(false, s, p, off, deadline)
 }
 
 // write is the same in the other direction.
-func (c *copier) write(s store.Slot, p []byte, off int64) error {
-	return c.do(true, s, p, off)
+func (c *copier) write(s store.Slot, p []byte, off int64, deadline time.Time) error {
+	return c.do(true, s, p, off, deadline)
 }
 
-func (c *copier) do(write bool, s store.Slot, p []byte, off int64) error {
+func (c *copier) do(write bool, s store.Slot, p []byte, off int64, deadline time.Time) error {
 	if !c.pool.MayHang(s) {
 		return c.told(s, c.call(write, s, p, off))
 	}
@@ -77,7 +77,7 @@ func (c *copier) do(write bool, s store.Slot, p []byte, off int64) error {
 	default:
 		go c.work(io)
 	}
-	io.timer.Reset(c.limit)
+	io.timer.Reset(time.Until(deadline))
 	select {
 	case err := <-io.done:
 		io.timer.Stop()

@@ -164,7 +164,7 @@ func Open(o *Origin, pool *store.Pool, c Config) (*Device, error) {
 		wake:    make(chan struct{}, 1),
 	}
 	d.flusher = newFlusher(d.file.sync)
-	d.copier = newCopier(pool, c.PreserveLimit)
+	d.copier = newCopier(pool)
 	d.settled = sync.NewCond(&d.mu)
 	d.running.Add(1)
 	go d.reclaim()

@@ -167,6 +167,7 @@ type rig struct {
 	parts  []*part
 	disks  []*disk
 	devs   []*Device
+	stuck  int64 // bytes in slots that a write hangs in
 	mu     sync.Mutex
 	events []Event
 }
@@ -174,23 +175,33 @@ type rig struct {
 // newRig makes n devices of size bytes each over a snapstore of limit bytes.
 func newRig(t *testing.T, n int, size, limit int64) *rig {
 	t.Helper()
-	r := &rig{t: t}
-	r.pool = store.NewPool()
+	r := newEmptyRig(t)
 	r.addPart(limit)
 	for i := range n {
 		r.addDevice(fmt.Sprintf("d%d", i), size, Config{})
 	}
+	return r
+}
+
+// newEmptyRig has no part and no device yet.
+func newEmptyRig(t *testing.T) *rig {
+	r := &rig{t: t, pool: store.NewPool()}
 	t.Cleanup(r.close)
 	return r
 }
 
 func (r *rig) addPart(limit int64) *part {
 	r.t.Helper()
+	return r.add(limit, false)
+}
+
+func (r *rig) add(limit int64, hangs bool) *part {
+	r.t.Helper()
 	m, err := store.OpenMem(limit)
 	if err != nil {
 		r.t.Fatal(err)
 	}
-	p := &part{Part: m}
+	p := &part{Part: m, hangs: hangs}
 	if err := r.pool.Add(p); err != nil {
 		r.t.Fatal(err)
 	}
@@ -224,8 +235,8 @@ func (r *rig) close() {
 			r.t.Errorf("close: %v", err)
 		}
 	}
-	if _, used, _ := r.pool.Space(); used != 0 {
-		r.t.Errorf("%d bytes of the snapstore are in use after all devices closed", used)
+	if _, used, _ := r.pool.Space(); used != r.stuck {
+		r.t.Errorf("%d bytes of the snapstore are in use after all devices closed, want %d", used, r.stuck)
 	}
 	if err := r.pool.Close(); err != nil {
 		r.t.Errorf("close: %v", err)

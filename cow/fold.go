@@ -14,6 +14,7 @@ package cow
 import (
 	"errors"
 	"slices"
+	"time"
 
 	"blksnap/store"
 )
@@ -126,15 +127,16 @@ func (d *Device) join(o, w word, need uint16) (word, error) {
 func (d *Device) copyBlocks(to store.Slot, w word, mask uint16) (err error) {
 	b := batches.Get().(*batch)
 	defer func() { b.done(err) }()
+	deadline := time.Now().Add(d.cfg.PreserveLimit)
 	for first, n := range runs(mask) {
 		p, at := b.buf[:n<<blockShift], int64(first)<<blockShift
 		if w.hasSlot() {
-			err = d.copier.read(w.slot(), p, at)
+			err = d.copier.read(w.slot(), p, at, deadline)
 		} else {
 			clear(p)
 		}
 		if err == nil {
-			err = d.copier.write(to, p, at)
+			err = d.copier.write(to, p, at, deadline)
 		}
 		if err != nil {
 			return err

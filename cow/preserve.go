@@ -29,18 +29,19 @@ const maxFailedParts = 4
 // window is how many chunks are locked, and copied, at a time.
 const window = 16
 
-// preserve preserves what [off, off+n) touches. The caller is inside the gate
-// and has seen s there. If the snapstore is full and mayWait is set, it returns
-// store.ErrFull and some of the range may be preserved; in every other case of
-// failure it has broken the images that needed the blocks, and returns nil.
-func (d *Device) preserve(s *shield, off, n int64, mayWait bool) error {
+// preserve preserves what [off, off+n) touches. The caller is inside the gate. If
+// the snapstore is full and mayWait is set, it returns store.ErrFull and some of
+// the range may be preserved; in every other case of failure it has broken the
+// images that needed the blocks, and returns nil. A snapstore that hangs holds it
+// up for Config.PreserveLimit at most, and as long again where another write of
+// the same chunks was there first.
+func (d *Device) preserve(off, n int64, mayWait bool) error {
+	deadline := time.Now().Add(d.cfg.PreserveLimit)
 	for n > 0 {
 		c := chunkNo(off >> chunkShift)
 		m := min(n, (c+window).off()-off)
-		if !s.covers(off, m) {
-			if err := d.preserveWindow(s, off, m, mayWait); err != nil {
-				return err
-			}
+		if err := d.preserveWindow(off, m, deadline, mayWait); err != nil {
+			return err
 		}
 		off, n = off+m, n-m
 	}
@@ -57,10 +58,11 @@ type missing struct {
 
 // batch is the work of one window. Batches are reused: they hold the buffer.
 type batch struct {
-	missing []missing
-	slots   [window]store.Slot
-	masks   [window]uint16
-	buf     []byte // window * chunkSize bytes
+	missing  []missing
+	deadline time.Time
+	slots    [window]store.Slot
+	masks    [window]uint16
+	buf      []byte // window * chunkSize bytes
 }
 
 // done gives the batch back after its last use ended with err. A write that hangs
@@ -76,13 +78,22 @@ var batches = sync.Pool{New: func() any {
 }}
 
 // preserveWindow is preserve for at most window chunks.
-func (d *Device) preserveWindow(s *shield, off, n int64, mayWait bool) error {
+func (d *Device) preserveWindow(off, n int64, deadline time.Time, mayWait bool) error {
+	if d.shielded(off, n) {
+		return nil
+	}
 	first, last := chunkNo(off>>chunkShift), chunkNo((off+n-1)>>chunkShift)
 	d.lockChunks(first, last)
 	defer d.unlockChunks(first, last)
 
+	// Who had the locks before may have preserved the blocks, or may have waited
+	// in vain for the snapstore and broken the images: nobody needs them then.
+	s := d.shield.Load()
+	if s == nil {
+		return nil
+	}
 	b := batches.Get().(*batch)
-	b.missing = b.missing[:0]
+	b.missing, b.deadline = b.missing[:0], deadline
 	head := s.head().table
 	for sp := range spans(off, n) {
 		if m := sp.mask() &^ s.mask(sp.chunk); m != 0 {
@@ -98,6 +109,13 @@ func (d *Device) preserveWindow(s *shield, off, n int64, mayWait bool) error {
 		d.lose(m.chunk, m.mask, err)
 	}
 	return nil
+}
+
+// shielded says whether no healthy image needs [off, off+n) to be preserved any
+// more. The caller is inside the gate.
+func (d *Device) shielded(off, n int64) bool {
+	s := d.shield.Load()
+	return s == nil || s.covers(off, n)
 }
 
 // preserveBatch preserves b.missing in head and removes from it what it has
@@ -122,7 +140,7 @@ func (d *Device) preserveBatch(head *table, b *batch) error {
 		switch {
 		case err == nil:
 			b.missing = append(b.missing[:0], b.missing[k:]...)
-		case errors.Is(err, errSlotIO) && failed < maxFailedParts:
+		case errors.Is(err, errSlotIO) && !errors.Is(err, errStuck) && failed < maxFailedParts:
 			failed++ // the pool gives no slots of a failed part: try the next
 		default:
 			return err
@@ -241,7 +259,7 @@ func (d *Device) unalloc(s store.Slot, mask uint16, err error) {
 // fill writes the missing blocks of b.missing[:k] into their slots.
 func (d *Device) fill(b *batch, k int) error {
 	if m := b.missing[0]; m.word.hasSlot() && m.slot != m.word.slot() {
-		if err := d.fillMoved(m, b.buf); err != nil {
+		if err := d.fillMoved(m, b); err != nil {
 			return err
 		}
 	}
@@ -261,7 +279,7 @@ func (d *Device) fill(b *batch, k int) error {
 		if end == start {
 			return nil
 		}
-		return d.copier.write(slot, buf[start-from:end-from], start&(chunkSize-1))
+		return d.copier.write(slot, buf[start-from:end-from], start&(chunkSize-1), b.deadline)
 	}
 	for i, m := range b.missing[:k] {
 		for f, n := range runs(m.mask) {
@@ -280,13 +298,13 @@ func (d *Device) fill(b *batch, k int) error {
 }
 
 // fillMoved copies what is preserved of a chunk that moves to another slot.
-func (d *Device) fillMoved(m missing, buf []byte) error {
+func (d *Device) fillMoved(m missing, b *batch) error {
 	for f, n := range runs(m.word.mask()) {
-		p, at := buf[:n<<blockShift], int64(f)<<blockShift
-		if err := d.copier.read(m.word.slot(), p, at); err != nil {
+		p, at := b.buf[:n<<blockShift], int64(f)<<blockShift
+		if err := d.copier.read(m.word.slot(), p, at, b.deadline); err != nil {
 			return err
 		}
-		if err := d.copier.write(m.slot, p, at); err != nil {
+		if err := d.copier.write(m.slot, p, at, b.deadline); err != nil {
 			return err
 		}
 	}

@@ -53,7 +53,7 @@ func (d *Device) TryWrite(p []byte, off int64) error {
 	}
 	defer d.writers.leave(g)
 	n := int64(len(p))
-	if s := d.shield.Load(); s != nil && !s.covers(off, n) {
+	if !d.shielded(off, n) {
 		return syscall.EAGAIN
 	}
 	d.changes.Mark(off, n)
@@ -201,13 +201,12 @@ func (d *Device) admit(off, n int64) (pass, error) {
 			return 0, ErrStopping
 		}
 		d.changes.Mark(off, n)
-		s := d.shield.Load()
-		if s == nil || s.covers(off, n) {
+		if d.shielded(off, n) {
 			return g, nil
 		}
 		mayWait := d.cfg.StoreWait > 0 && (full.IsZero() || time.Since(full) < d.cfg.StoreWait)
 		freed := d.pool.Freed()
-		err := d.preserve(s, off, n, mayWait)
+		err := d.preserve(off, n, mayWait)
 		if !mayWait || !errors.Is(err, store.ErrFull) {
 			return g, nil
 		}
