@@ -3,7 +3,7 @@
 package fusefs
 
 import (
-	"errors"
+	"hash/maphash"
 	"iter"
 	"strconv"
 )
@@ -11,23 +11,43 @@ import (
 // batch is how many bytes of lines are formatted before they are handed on.
 const batch = 32 << 10
 
-// render hands the lines of runs to emit, some at a time, and stops at the
-// first error of either. emit does not keep what it gets.
-func render(runs iter.Seq2[Run, error], emit func([]byte) error) error {
+// edition tells one text of runs from another without holding it.
+type edition struct {
+	size int64 // bytes
+	sum  uint64
+}
+
+// sumSeed is what the sums of this process begin with.
+var sumSeed = maphash.MakeSeed()
+
+// render writes runs as lines, hands them to emit some at a time, and returns
+// the edition of the whole. It stops at the first error of either. emit does not
+// keep what it gets.
+func render(runs iter.Seq2[Run, error], emit func([]byte) error) (edition, error) {
+	var e edition
+	var sum maphash.Hash
+	sum.SetSeed(sumSeed)
 	buf := make([]byte, 0, batch+64)
+	flush := func() error {
+		sum.Write(buf)
+		e.size += int64(len(buf))
+		err := emit(buf)
+		buf = buf[:0]
+		return err
+	}
 	for r, err := range runs {
 		if err != nil {
-			return err
+			return edition{}, err
 		}
-		buf = appendRun(buf, r)
-		if len(buf) >= batch {
-			if err := emit(buf); err != nil {
-				return err
+		if buf = appendRun(buf, r); len(buf) >= batch {
+			if err := flush(); err != nil {
+				return edition{}, err
 			}
-			buf = buf[:0]
 		}
 	}
-	return emit(buf)
+	err := flush()
+	e.sum = sum.Sum64()
+	return e, err
 }
 
 // appendRun appends "OFFSET LENGTH KIND\n".
@@ -41,40 +61,19 @@ func appendRun(b []byte, r Run) []byte {
 	return append(b, " data\n"...)
 }
 
-// measure returns how many bytes the lines of runs have.
-func measure(runs iter.Seq2[Run, error]) (int64, error) {
-	var n int64
-	err := render(runs, func(p []byte) error {
-		n += int64(len(p))
-		return nil
-	})
-	return n, err
+// measure returns the edition of the text of runs.
+func measure(runs iter.Seq2[Run, error]) (edition, error) {
+	return render(runs, func([]byte) error { return nil })
 }
 
-// fill returns the lines of runs. The caller frees them.
-func (b *budget) fill(runs iter.Seq2[Run, error]) (*text, error) {
+// fill returns the text of runs, which the caller frees, and its edition.
+func (b *budget) fill(runs iter.Seq2[Run, error]) (*text, edition, error) {
 	t := &text{budget: b}
-	if err := render(runs, t.write); err != nil {
+	e, err := render(runs, t.write)
+	if err != nil {
 		t.free()
-		return nil, err
+		return nil, edition{}, err
 	}
 	t.trim()
-	return t, nil
-}
-
-// errDiffers ends a comparison.
-var errDiffers = errors.New("differs")
-
-// equals says whether the lines of runs are t. It reads no more runs than it
-// must to know.
-func (t *text) equals(runs iter.Seq2[Run, error]) bool {
-	var off int64
-	err := render(runs, func(p []byte) error {
-		if !t.hasAt(p, off) {
-			return errDiffers
-		}
-		off += int64(len(p))
-		return nil
-	})
-	return err == nil && off == t.size
+	return t, e, nil
 }

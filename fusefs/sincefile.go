@@ -4,13 +4,16 @@
 // an open. The kernel does not say which open file a stat is about, so a node
 // has at most one text at a time:
 //
-//	closed    no text; a stat counts the bytes and forgets them
+//	closed    no text; a stat makes it, to know its edition, and keeps none
 //	open      the text made at the first open, shared by all who open the
 //	          file until the last of them closes it
 //
 // So that nobody gets a text from before his own open, a lookup asks whether
 // the text of an open node is still right, and makes a new node where it is
 // not. A lookup of a closed node computes nothing.
+//
+// The time of the last change is when the node was first seen to have its
+// edition: tar takes another time for a change under its hands.
 
 package fusefs
 
@@ -34,14 +37,16 @@ type sinceFile struct {
 	mu     sync.Mutex
 	shared *sharedText // nil while the file is closed
 	opens  int
+	seen   edition // last
+	since  time.Time
 }
 
 // sharedText is the text of an open sinceFile; it is made once.
 type sharedText struct {
-	once sync.Once
-	made time.Time
-	text *text
-	err  error
+	once    sync.Once
+	text    *text
+	edition edition
+	err     error
 }
 
 func (f *sinceFile) is(old fs.InodeEmbedder) bool {
@@ -58,21 +63,60 @@ func (f *sinceFile) is(old fs.InodeEmbedder) bool {
 	if o.fill(shared) != nil {
 		return false
 	}
+	now, err := f.measure()
+	return err == nil && now == shared.edition
+}
+
+// measure returns the edition of the file as of now.
+func (f *sinceFile) measure() (edition, error) {
 	runs, err := f.runs()
-	return err == nil && shared.text.equals(runs)
+	if err != nil {
+		return edition{}, err
+	}
+	return measure(runs)
 }
 
 // fill makes the text of s, or waits until it is made.
 func (f *sinceFile) fill(s *sharedText) error {
 	s.once.Do(func() {
-		s.made, s.err = time.Now(), syscall.EIO // if runs panics
+		s.err = syscall.EIO // if runs panics
 		runs, err := f.runs()
 		if err == nil {
-			s.text, err = f.tree.texts.fill(runs)
+			s.text, s.edition, err = f.tree.texts.fill(runs)
 		}
 		s.err = err
 	})
 	return s.err
+}
+
+// current returns the edition that a stat is about, and since when the file has
+// it: the open one if there is one.
+func (f *sinceFile) current() (edition, time.Time, error) {
+	f.mu.Lock()
+	shared := f.shared
+	f.mu.Unlock()
+	var e edition
+	var err error
+	if shared != nil {
+		err = f.fill(shared)
+		e = shared.edition
+	} else {
+		e, err = f.measure()
+	}
+	if err != nil {
+		return edition{}, time.Time{}, err
+	}
+	return e, f.note(e), nil
+}
+
+// note remembers e and returns since when the file has it.
+func (f *sinceFile) note(e edition) time.Time {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.since.IsZero() || f.seen != e {
+		f.seen, f.since = e, time.Now()
+	}
+	return f.since
 }
 
 // known tells no size but that of an open text, which is has compared already.
@@ -82,37 +126,18 @@ func (f *sinceFile) known(out *fuse.EntryOut) {
 	shared := f.shared
 	f.mu.Unlock()
 	if shared != nil && f.fill(shared) == nil {
-		out.Size = uint64(shared.text.size)
+		out.Size = uint64(shared.edition.size)
 	}
 }
 
 func (f *sinceFile) Getattr(_ context.Context, _ fs.FileHandle, out *fuse.AttrOut) syscall.Errno {
-	size, made, err := f.stat()
+	e, since, err := f.current()
 	if err != nil {
 		return f.tree.errno("stat", f.Path(nil), err)
 	}
-	f.attr(&out.Attr, textPerm, made)
-	out.Size = uint64(size)
+	f.attr(&out.Attr, textPerm, since)
+	out.Size = uint64(e.size)
 	return 0
-}
-
-// stat returns the size and the age of the text: the open one if there is one.
-func (f *sinceFile) stat() (size int64, made time.Time, err error) {
-	f.mu.Lock()
-	shared := f.shared
-	f.mu.Unlock()
-	if shared != nil {
-		if err := f.fill(shared); err != nil {
-			return 0, time.Time{}, err
-		}
-		return shared.text.size, shared.made, nil
-	}
-	made = time.Now()
-	runs, err := f.runs()
-	if err == nil {
-		size, err = measure(runs)
-	}
-	return size, made, err
 }
 
 func (f *sinceFile) Open(_ context.Context, flags uint32) (fs.FileHandle, uint32, syscall.Errno) {

@@ -68,8 +68,7 @@ func (t *text) trim() {
 	t.held = t.size
 }
 
-// free takes the text out of the budget. Its bytes stay for who still compares
-// them.
+// free takes the text out of the budget. Nobody reads it any more.
 func (t *text) free() { t.budget.used.Add(-t.held) }
 
 // readAt fills p from off on and returns how many bytes there were.
@@ -80,20 +79,4 @@ func (t *text) readAt(p []byte, off int64) int {
 		n, off = n+m, off+int64(m)
 	}
 	return n
-}
-
-// hasAt says whether the text goes on with p at off.
-func (t *text) hasAt(p []byte, off int64) bool {
-	for len(p) > 0 {
-		if off >= t.size {
-			return false
-		}
-		c := t.chunks[off/textChunk][off%textChunk:]
-		n := min(len(p), len(c))
-		if !bytes.Equal(p[:n], c[:n]) {
-			return false
-		}
-		p, off = p[n:], off+int64(n)
-	}
-	return true
 }
