@@ -47,8 +47,10 @@ cleanup() {
         mountpoint -q "$dir/$point" && umount "$dir/$point"
     done
     [[ -n $loop ]] && losetup --detach "$loop"
-    mountpoint -q "$dir/nbd" && { umount "$dir/nbd" || umount --lazy "$dir/nbd"; }
-    [[ -n $nbdfuse ]] && { kill "$nbdfuse"; wait "$nbdfuse"; } 2>/dev/null
+    if mountpoint -q "$dir/nbd"; then # nbdfuse ends when it is unmounted
+        umount "$dir/nbd" || { umount --lazy "$dir/nbd"; kill "$nbdfuse"; }
+    fi
+    [[ -n $nbdfuse ]] && wait "$nbdfuse" 2>/dev/null
     [[ -n $daemon ]] && { kill "$daemon"; wait "$daemon"; } 2>/dev/null
     mountpoint -q "$dir/tree" && umount --lazy "$dir/tree"
     if ((status)); then
@@ -125,4 +127,4 @@ say "11. rmdir destroys snapshots; the disk never noticed any of this"
 run rmdir tree/snapshots/monday tree/snapshots/tuesday
 run 'umount disk; e2fsck -fn '"$loop"
 
-say "That was all: mkdir, cp, a loop of ten lines, rmdir. It took $(($(date +%s) - began)) seconds."
+say "That was all: mkdir, cp, a loop of ten lines, rmdir. It took $(($(date +%s) - began)) s."

@@ -193,3 +193,54 @@ func TestExtentsAreExact(t *testing.T) {
 		t.Errorf("extents since an unknown number end with status %d, want 3: %s", got.status, got.stderr)
 	}
 }
+
+// A number from before a new generation must not be found in it, however many
+// snapshots were taken and whatever made the generation: a stale script would
+// take the rest of the history for an increment.
+func TestNumbersOfAnEarlierGenerationAreGone(t *testing.T) {
+	needRoot(t)
+	for _, tc := range []struct {
+		name  string
+		renew func(d *daemon, origin string)
+	}{
+		{"reset", func(d *daemon, _ string) { d.blksnap("cbt", "reset", "vda") }},
+		{"device removed and added", func(d *daemon, origin string) {
+			eventually(d.t, "the device is removed", func() bool { return d.try("device", "remove", "vda").status == 0 })
+			d.blksnap("device", "add", origin)
+		}},
+		{"stopped and started", func(d *daemon, origin string) { d.stop(); d.start(origin) }},
+		{"killed and started", func(d *daemon, origin string) { d.kill(); d.start(origin) }},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			d, origin := serveOrigin(t, 4*miB)
+			for range 30 { // faster than one a second
+				mkdir(t, d.snapshot("s"))
+				rmdir(t, d.snapshot("s"))
+			}
+			generation := read(t, d.device("vda", "cbt", "generation"))
+			number := fmt.Sprint(readNumber(t, d.device("vda", "cbt", "number")))
+			p := make([]byte, SectorSize)
+			Stamp(p, "vda", 0, 2)
+			live := d.open("vda")
+			if err := live.writeAt(p, 0); err != nil {
+				t.Fatal(err)
+			}
+			live.Close()
+
+			tc.renew(d, origin)
+			if got := read(t, d.device("vda", "cbt", "generation")); got == generation {
+				t.Errorf("the generation is still %s", got)
+			}
+			for range 40 { // until the new generation has come to that number, and on
+				if path := d.device("vda", "cbt", "since", number); exists(path) {
+					t.Fatalf("%s of an earlier generation exists, and says %q", path, read(t, path))
+				}
+				mkdir(t, d.snapshot("s"))
+				rmdir(t, d.snapshot("s"))
+			}
+			if r := d.try("cbt", "extents", "vda", "--since", number); r.status != 3 {
+				t.Errorf("cbt extents since it ends with status %d, want 3: %s", r.status, r.stderr)
+			}
+		})
+	}
+}
