@@ -120,12 +120,14 @@ func sameStorage(a, b string) bool {
 
 // firstNumber is the number that a new device's snapshots count from. Nobody
 // knows the last number that an earlier process gave to a snapshot, so it is the
-// time in seconds: no number comes again unless more snapshots than one a second
-// were taken all the time. In this process not even then.
+// time in microseconds: taking a snapshot takes longer than one, so numbers
+// never overtake the clock, and what starts later counts from above them. The
+// first number is given to no snapshot: one that was is from before the device's
+// generation, and must be below its base.
 func (d *Daemon) firstNumber() uint64 {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return max(uint64(time.Now().Unix()), d.number)
+	return max(uint64(time.Now().UnixMicro()), d.number+1)
 }
 
 // removeDevice ends a device's tracking. With snapshots or clients it is
