@@ -234,6 +234,7 @@ func (d *Device) markStuck(s store.Slot) {
 // ended, and requests are answered with ErrStopping. It waits for those that are
 // inside, because they are looking at the tables.
 func (d *Device) closeTables() error {
+	d.writers.shut() // for ever
 	d.writers.turn(nil)
 	d.readers.turn(nil)
 	d.mu.Lock()
