@@ -54,13 +54,15 @@ type device struct {
 }
 
 func newDaemon(version string, log *slog.Logger, pool *store.Pool, uri func(string) string) *Daemon {
-	return &Daemon{
+	d := &Daemon{
 		version: version, log: log, events: newEvents(), pool: pool, uri: uri,
 		stopping: make(chan struct{}),
 		idle:     make(chan struct{}),
 		devices:  make(map[string]*device),
 		adding:   make(map[string]bool),
 	}
+	pool.OnLow(d.noteLow)
+	return d
 }
 
 // record logs what happened and keeps it as an event.

@@ -2,7 +2,11 @@ package control
 
 import (
 	"context"
+	"strings"
 	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
 )
 
 func seqs(events []Event) (first, last uint64, n int) {
@@ -79,5 +83,41 @@ func TestFollowEnds(t *testing.T) {
 	}
 	if n != 1 {
 		t.Errorf("events before the end\n got %d\nwant 1", n)
+	}
+}
+
+// TestOverflowIsTold overwrites more than the snapstore holds: that it runs
+// low, and what was lost then, must be among the events.
+func TestOverflowIsTold(t *testing.T) {
+	d := newTestDaemon(t)
+	if _, err := d.addDevice(DeviceRequest{Name: "vda", Origin: makeOrigin(t, 12<<20)}); err != nil {
+		t.Fatal(err)
+	}
+	data := strings.Repeat("x", 1<<20)
+	for off := range int64(12) {
+		write(t, d, "vda", data, off<<20) // what was a hole needs no store
+	}
+	take(t, d, "s")
+	for off := range int64(12) {
+		write(t, d, "vda", data, off<<20)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	told := map[string]string{}
+	for e := range d.events.follow(ctx) {
+		told[e.Kind] = e.Device + " " + e.Snapshot
+		if len(told) == 5 {
+			break
+		}
+	}
+	want := map[string]string{
+		"device-added": "vda ", "generation": "vda ", "snapshot-created": " s",
+		"store-low": " ", "snapshot-overflowed": "vda s",
+	}
+	if diff := cmp.Diff(want, told); diff != "" {
+		t.Errorf("events of an overflow, -want +got:\n%s", diff)
+	}
+	if s, err := d.snapshotInfo("s"); s.State != "overflowed" || err != nil {
+		t.Errorf("state of the snapshot\n got %q, %v\nwant overflowed", s.State, err)
 	}
 }

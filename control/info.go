@@ -66,6 +66,7 @@ func (d *Daemon) describe(s *cow.Snapshot) SnapshotInfo {
 			Size:   i.Size(),
 			URI:    d.uri(i.Device().Name() + "@" + s.Name()),
 			State:  i.State(),
+			Holds:  i.Holds(),
 			CBT:    describeChanges(i.Changes()),
 		})
 	}

@@ -126,7 +126,6 @@ func (s *service) open(ctx context.Context, passed []net.Listener) error {
 	s.daemon = newDaemon(s.version, s.log, pool, func(export string) string {
 		return exportURI(s.nbdOn[0].Addr(), export)
 	})
-	pool.OnLow(s.daemon.noteLow)
 	if err := s.listen(ctx, passed); err != nil {
 		return err
 	}
