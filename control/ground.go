@@ -45,7 +45,7 @@ func checkGround(ctx context.Context, what, path string) error {
 	go func() { result <- probeGround(path, maxGround) }()
 	select {
 	case err := <-result:
-		if err != nil {
+		if err != nil && !errors.Is(err, fs.ErrPermission) { // whoever opens it will say that
 			return fmt.Errorf("%s %s: %w", what, path, err)
 		}
 		return nil
@@ -60,7 +60,7 @@ func probeGround(path string, depth int) error {
 	if err != nil || depth == 0 {
 		return err
 	}
-	if st.Mode()&fs.ModeDevice != 0 {
+	if st.Mode().Type() == fs.ModeDevice { // a block device, not a character device
 		return probeDevice(st.Sys().(*syscall.Stat_t).Rdev, depth)
 	}
 	m, err := mountOf(path)
@@ -70,7 +70,7 @@ func probeGround(path string, depth int) error {
 	switch source, err := os.Stat(m.source); {
 	case m.dev != 0 && unix.Major(m.dev) != 0:
 		return probeDevice(m.dev, depth)
-	case err == nil && source.Mode()&fs.ModeDevice != 0: // btrfs
+	case err == nil && source.Mode().Type() == fs.ModeDevice: // btrfs
 		return probeDevice(source.Sys().(*syscall.Stat_t).Rdev, depth)
 	case strings.HasPrefix(m.kind, "fuse") && st.Mode().IsRegular():
 		return probeRead(path)
@@ -78,16 +78,12 @@ func probeGround(path string, depth int) error {
 	return nil
 }
 
-// nearest is path, or its nearest parent that exists, without symbolic links.
+// nearest is path, or its nearest parent that exists.
 func nearest(path string) (string, fs.FileInfo, error) {
 	for {
-		real, err := filepath.EvalSymlinks(path)
-		if err == nil {
-			st, err := os.Stat(real)
-			return real, st, err
-		}
+		st, err := os.Stat(path)
 		if !errors.Is(err, fs.ErrNotExist) || path == "/" {
-			return "", nil, err
+			return path, st, err
 		}
 		path = filepath.Dir(path)
 	}
