@@ -225,7 +225,7 @@ func (d *fakeDevice) image(number uint64) *fakeImage {
 	defer d.mu.Unlock()
 	frozen := d.changes.clone()
 	frozen.number = number
-	frozen.numbers = append(slices.Clone(frozen.numbers), number)
+	frozen.numbers = append(slices.Clone(frozen.numbers[max(0, len(frozen.numbers)-3):]), number)
 	live := frozen.clone()
 	d.changes = live
 	return &fakeImage{content: slices.Clone(d.content), changes: frozen}

@@ -11,6 +11,9 @@ import (
 	"github.com/hanwen/go-fuse/v2/fuse"
 )
 
+// nanoseconds is RFC 3339 with all nine digits, so that text sorts as time does.
+const nanoseconds = "2006-01-02T15:04:05.000000000Z07:00"
+
 // root returns the directory that is mounted.
 func (t *Tree) root() *dir {
 	tr := traits{tree: t, kind: syscall.S_IFDIR, keep: always, born: time.Now()}
@@ -68,7 +71,7 @@ func (t *Tree) snapshot(snap Snapshot) *dir {
 	tr := traits{tree: t, kind: syscall.S_IFDIR, born: snap.Created()}
 	frozen := tr.as(0, always)
 	own := fixed(tr, snap,
-		line(frozen, "created", func() string { return snap.Created().Format(time.RFC3339Nano) }),
+		line(frozen, "created", func() string { return snap.Created().UTC().Format(nanoseconds) }),
 		line(tr.state(), "state", snap.State),
 	)
 	d := &dir{node: node{traits: tr}, id: snap}

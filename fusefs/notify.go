@@ -61,7 +61,7 @@ func (t *Tree) notify() {
 }
 
 // forget makes the kernel drop what it knows below a name, and tell those who
-// watch the directory. The kernel checks that the name still leads to the node
+// watch it. The kernel checks that the name still leads to the node
 // named, so one that was taken again meanwhile is safe.
 func (t *Tree) forget(d departure) {
 	parent := t.top.GetChild(d.dir)

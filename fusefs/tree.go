@@ -130,8 +130,7 @@ func (t *Tree) firstAnswer() error {
 	return err
 }
 
-// serverOptions returns what measured best for images; docs/design.md says how
-// much each matters.
+// serverOptions returns what measured best for reading images.
 func (t *Tree) serverOptions() *fuse.MountOptions {
 	return &fuse.MountOptions{
 		MaxWrite:           maxIO,

@@ -14,9 +14,19 @@ import (
 	"go.uber.org/goleak"
 )
 
-// mountFake mounts src and unmounts it when the test ends, which must leave no
-// mount and no goroutine.
+// mountFake mounts src, which tells the tree what is gone.
 func mountFake(t testing.TB, src *fakeSource, change ...func(*Options)) (*Tree, string) {
+	t.Helper()
+	tree, dir := mountSource(t, src, change...)
+	src.mu.Lock()
+	defer src.mu.Unlock()
+	src.tree = tree
+	return tree, dir
+}
+
+// mountSource mounts src and unmounts it when the test ends, which must leave no
+// mount and no goroutine.
+func mountSource(t testing.TB, src Source, change ...func(*Options)) (*Tree, string) {
 	t.Helper()
 	need(t, "/dev/fuse")
 	before := goleak.IgnoreCurrent()
@@ -28,9 +38,6 @@ func mountFake(t testing.TB, src *fakeSource, change ...func(*Options)) (*Tree, 
 	if err != nil {
 		t.Fatal(err)
 	}
-	src.mu.Lock()
-	src.tree = tree
-	src.mu.Unlock()
 	t.Cleanup(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 		defer cancel()
@@ -106,7 +113,7 @@ func TestFiles(t *testing.T) {
 	run(t, dir, "mkdir snapshots/one")
 	vda.write([]byte("y"), 130<<10)
 	snap, _ := src.Snapshot("one")
-	created := snap.Created().Format(time.RFC3339Nano)
+	created := snap.Created().UTC().Format("2006-01-02T15:04:05.000000000Z")
 
 	got := run(t, dir, `find . -type f ! -name '*.img' ! -name map | sort | while read f; do echo $f: $(cat $f); done`)
 	want := `./devices/vda/cbt/base: 0
