@@ -30,17 +30,18 @@ type connection struct {
 func (s *Server) start(conn net.Conn, mustTLS bool) {
 	c := &connection{server: s, conn: conn, client: describePeer(conn), done: make(chan struct{})}
 	s.mu.Lock()
-	stopping, n := s.stopping.Load(), len(s.conns)
-	if !stopping && n < s.MaxConns {
-		s.conns[c] = struct{}{}
-		go c.serve(mustTLS)
-		conn = nil
-	}
-	s.mu.Unlock()
-	if conn != nil {
+	defer s.mu.Unlock()
+	if full := len(s.conns) >= s.opts.MaxConns; full || s.stopping.Load() {
 		conn.Close()
-		s.Log.Warn("connection refused", "client", c.client, "open", n, "stopping", stopping)
+		if full && !s.full { // once, not for each of a flood
+			s.opts.Log.Warn("too many connections: refusing more", "open", len(s.conns), "client", c.client)
+		}
+		s.full = full
+		return
 	}
+	s.full = false
+	s.conns[c] = struct{}{}
+	go c.serve(mustTLS)
 }
 
 // serve runs both phases.
@@ -54,7 +55,7 @@ func (c *connection) serve(mustTLS bool) {
 		close(c.done)
 	}()
 
-	ctx, cancel := context.WithTimeout(s.ctx, s.HandshakeTimeout)
+	ctx, cancel := context.WithTimeout(s.ctx, s.opts.HandshakeTimeout)
 	defer cancel()
 	deadline, _ := ctx.Deadline()
 	c.conn.SetDeadline(deadline)
@@ -64,7 +65,7 @@ func (c *connection) serve(mustTLS bool) {
 		if errors.Is(err, errAborted) || errors.Is(err, io.EOF) {
 			level = slog.LevelDebug // as clients do that only ask
 		}
-		s.Log.Log(ctx, level, "handshake ended", "client", h.client, "err", err)
+		s.opts.Log.Log(ctx, level, "handshake ended", "client", h.client, "err", err)
 		return
 	}
 	c.conn.SetDeadline(time.Time{})
@@ -79,8 +80,8 @@ func (c *connection) transmit(h *handshake) {
 	if !c.register(e.Name, h.epoch, l) {
 		return
 	}
-	log := s.Log.With("device", e.Name, "client", h.client)
-	log.Info("connected", "tls", h.tls, "style", h.style)
+	log := s.opts.Log.With("device", e.Name, "client", h.client)
+	log.Info("connected", "tls", h.tls, "style", h.style.String())
 
 	var watcher sync.WaitGroup
 	ended := make(chan struct{})
@@ -91,7 +92,7 @@ func (c *connection) transmit(h *handshake) {
 		case <-ended:
 		}
 	})
-	err := newSession(s, h, l, log).run(s.ctx)
+	err := newSession(s, h, l, log).run()
 	close(ended)
 	watcher.Wait()
 

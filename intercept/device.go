@@ -14,6 +14,8 @@ import (
 // within Size and need not be aligned to anything; n is never 0 and p is never
 // empty.
 //
+// The slices are the server's again when a method returns.
+//
 // Errors are matched with errors.Is against package syscall's: EPERM, EIO,
 // ENOMEM, EINVAL, ENOSPC, EOVERFLOW, ENOTSUP, ESHUTDOWN; anything else is EIO
 // on the wire.
@@ -64,7 +66,8 @@ var ErrWouldBlock error = syscall.EAGAIN
 // A Device that can say at once whether a request would wait implements
 // TryReader or TryWriter; the server then calls these from the goroutine that
 // reads the socket. Neither waits for a disk, a lock that is held across I/O,
-// or space.
+// or space. TryRead may leave anything in p where it fails; TryWrite has no
+// FUA: such writes are given to Write.
 type (
 	TryReader interface {
 		TryRead(p []byte, off int64) error
@@ -119,7 +122,7 @@ type Exports interface {
 type Export struct {
 	ExportInfo
 	Device  Device
-	Release func()
+	Release func() // never nil
 
 	// Gone is closed when the export goes away under the client (snapshot
 	// destroyed, device removed): requests are answered with ESHUTDOWN from

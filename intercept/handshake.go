@@ -104,8 +104,6 @@ func (h *handshake) option(ctx context.Context) error {
 		err = h.exportName(ctx, data)
 	} else if !h.fixed {
 		return fmt.Errorf("option %d from a client that knows only NBD_OPT_EXPORT_NAME", o.ID)
-	} else if data == nil {
-		h.fail(o.ID, NBD_REP_ERR_TOO_BIG, "option is too long")
 	} else {
 		err = h.serve(ctx, o.ID, data)
 	}
@@ -133,7 +131,8 @@ func (h *handshake) data(o protocol.NegotiationOptionHeader) ([]byte, error) {
 	return data, nil
 }
 
-// serve replies to every option but EXPORT_NAME.
+// serve replies to every option but EXPORT_NAME. data is nil if it was too
+// long.
 func (h *handshake) serve(ctx context.Context, id uint32, data []byte) error {
 	switch {
 	case id == NBD_OPT_ABORT:
@@ -146,6 +145,8 @@ func (h *handshake) serve(ctx context.Context, id uint32, data []byte) error {
 		return h.startTLS(ctx, data)
 	case h.mustTLS && !h.tls:
 		h.fail(id, NBD_REP_ERR_TLS_REQD, "begin with STARTTLS")
+	case data == nil:
+		h.fail(id, NBD_REP_ERR_TOO_BIG, "option is too long")
 	case id == NBD_OPT_LIST:
 		h.list(data)
 	case id == NBD_OPT_INFO || id == NBD_OPT_GO:
@@ -185,7 +186,7 @@ func (h *handshake) fail(id, typ uint32, text string) {
 // open opens an export; on failure it has replied to option id and returns
 // false.
 func (h *handshake) open(ctx context.Context, id uint32, name string) (e Export, ok bool) {
-	e, err := h.server.Exports.Open(ctx, name, h.client)
+	e, err := h.server.opts.Exports.Open(ctx, name, h.client)
 	switch {
 	case err == nil:
 		return e, true

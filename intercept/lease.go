@@ -60,3 +60,6 @@ func (l *lease) idle() bool {
 	n := l.state.Load()
 	return n == 0 || n == closed
 }
+
+// isClosed says that no further request gets in.
+func (l *lease) isClosed() bool { return l.state.Load() < 0 }

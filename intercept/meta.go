@@ -65,24 +65,15 @@ func listContexts(m Mapper, queries []string) []metaContext {
 	if m == nil {
 		return nil
 	}
-	if len(queries) == 0 {
-		queries = []string{""}
-	}
 	var list []metaContext
-	for _, q := range queries {
-		if q != "" && !strings.HasSuffix(q, ":") {
-			if m.HasContext(q) {
-				list = append(list, metaContext(q))
-			}
-			continue
-		}
-		for _, c := range m.Contexts() {
-			if strings.HasPrefix(c, q) {
-				list = append(list, metaContext(c))
-			}
+	for _, c := range m.Contexts() {
+		if len(queries) == 0 || slices.ContainsFunc(queries, func(q string) bool {
+			return strings.HasSuffix(q, ":") && strings.HasPrefix(c, q)
+		}) {
+			list = append(list, metaContext(c))
 		}
 	}
-	return unique(list)
+	return unique(append(list, selectContexts(m, queries)...))
 }
 
 // selectContexts returns the contexts that queries name; wildcards name none.

@@ -35,13 +35,13 @@ func (h *handshake) exportName(ctx context.Context, data []byte) error {
 		return errStopped
 	}
 	epoch := h.server.currentEpoch()
-	e, err := h.server.Exports.Open(ctx, name, h.client)
+	e, err := h.server.opts.Exports.Open(ctx, name, h.client)
 	if err != nil {
 		return fmt.Errorf("open export %q: %w", name, err)
 	}
 	h.choose(e, epoch)
 	h.write(uint64(e.Device.Size()))
-	h.write(h.flags(e.Device))
+	h.write(h.flags(e))
 	if !h.noZeroes {
 		h.out.Write(make([]byte, 124))
 	}
@@ -54,7 +54,7 @@ func (h *handshake) list(data []byte) {
 		h.fail(NBD_OPT_LIST, NBD_REP_ERR_INVALID, "LIST takes no data")
 		return
 	}
-	for _, e := range h.server.Exports.List() {
+	for _, e := range h.server.opts.Exports.List() {
 		h.reply(NBD_OPT_LIST, NBD_REP_SERVER, 4+len(e.Name)+len(e.Description))
 		h.write(uint32(len(e.Name)))
 		h.out.WriteString(e.Name)
@@ -89,7 +89,7 @@ func (h *handshake) infoOrGo(ctx context.Context, id uint32, data []byte) {
 func (h *handshake) infos(id uint32, e Export, asked []uint16) {
 	h.reply(id, NBD_REP_INFO, 2+8+2)
 	h.write(protocol.NegotiationReplyInfo{
-		Type: NBD_INFO_EXPORT, Size: uint64(e.Device.Size()), TransmissionFlags: h.flags(e.Device),
+		Type: NBD_INFO_EXPORT, Size: uint64(e.Device.Size()), TransmissionFlags: h.flags(e),
 	})
 	if slices.Contains(asked, NBD_INFO_NAME) {
 		h.reply(id, NBD_REP_INFO, 2+len(e.Name))
@@ -112,9 +112,9 @@ func (h *handshake) infos(id uint32, e Export, asked []uint16) {
 
 // flags are the transmission flags of an export as negotiated. Multi-conn:
 // Device.Flush covers the writes of all connections.
-func (h *handshake) flags(d Device) uint16 {
+func (h *handshake) flags(e Export) uint16 {
 	f := NBD_FLAG_HAS_FLAGS | NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA | NBD_FLAG_CAN_MULTI_CONN | NBD_FLAG_SEND_CACHE
-	if d.ReadOnly() {
+	if e.Device.ReadOnly() {
 		f |= NBD_FLAG_READ_ONLY
 	} else {
 		f |= NBD_FLAG_SEND_TRIM | NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO
@@ -122,7 +122,7 @@ func (h *handshake) flags(d Device) uint16 {
 	if h.style != simple {
 		f |= NBD_FLAG_SEND_DF
 	}
-	if h.style == extended && len(h.contexts) > 0 {
+	if h.style == extended && h.metaFor == e.Name && len(h.contexts) > 0 {
 		f |= NBD_FLAG_BLOCK_STATUS_PAYLOAD
 	}
 	return f

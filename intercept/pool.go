@@ -9,39 +9,43 @@ const (
 	maxQueue   = 128 // requests that wait for a worker
 )
 
-// pool runs jobs on goroutines of its own: started when there is work, ended
-// when there is none. Each connection has one, so that requests that hang hold
-// up their own connection at most.
+// pool runs jobs on goroutines of its own. They are started when they are
+// needed and stay, because to wake one allocates nothing. Each connection has
+// a pool, so that requests that hang hold up their own connection at most.
 type pool struct {
 	// mu protects the fields below. Never held across I/O.
 	mu      sync.Mutex
-	changed sync.Cond // workers or the queue became fewer
-	workers int
+	work    sync.Cond      // a job was queued, or closed became true
+	taken   sync.Cond      // a job was taken from the queue, or a worker has ended
 	queue   [maxQueue]*job // a ring
 	first   int
 	n       int
+	workers int
+	idle    int // workers that wait for work
+	closed  bool
 }
 
 func newPool() *pool {
 	p := &pool{}
-	p.changed.L = &p.mu
+	p.work.L, p.taken.L = &p.mu, &p.mu
 	return p
 }
 
-// do runs j on a worker, now or when one is free. It returns false, and has
+// do hands j to a worker, now or when one is free. It returns false, and has
 // not taken j, where too many wait already.
 func (p *pool) do(j *job) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	switch {
-	case p.workers < maxWorkers:
-		p.workers++
-		go p.work(j)
-	case p.n < maxQueue:
-		p.queue[(p.first+p.n)%maxQueue] = j
-		p.n++
-	default:
+	if p.n == maxQueue {
 		return false
+	}
+	p.queue[(p.first+p.n)%maxQueue] = j
+	p.n++
+	if p.n > p.idle && p.workers < maxWorkers {
+		p.workers++
+		go p.run()
+	} else {
+		p.work.Signal()
 	}
 	return true
 }
@@ -51,35 +55,50 @@ func (p *pool) doWait(j *job) {
 	for !p.do(j) {
 		p.mu.Lock()
 		for p.n == maxQueue {
-			p.changed.Wait()
+			p.taken.Wait()
 		}
 		p.mu.Unlock()
 	}
 }
 
-// work runs j and then what waits, until nothing does.
-func (p *pool) work(j *job) {
-	for j != nil {
+// run is a worker.
+func (p *pool) run() {
+	for j := p.next(); j != nil; j = p.next() {
 		j.run()
-
-		p.mu.Lock()
-		if j = nil; p.n > 0 {
-			j, p.queue[p.first] = p.queue[p.first], nil
-			p.first = (p.first + 1) % maxQueue
-			p.n--
-		} else {
-			p.workers--
-		}
-		p.changed.Signal()
-		p.mu.Unlock()
 	}
 }
 
-// wait returns when no job is left; none may be added meanwhile.
-func (p *pool) wait() {
+// next waits for a job. It returns nil, and the worker has to end, when the
+// pool is closed and nothing is left.
+func (p *pool) next() *job {
 	p.mu.Lock()
-	for p.workers > 0 {
-		p.changed.Wait()
+	defer p.mu.Unlock()
+	for p.n == 0 && !p.closed {
+		p.idle++
+		p.work.Wait()
+		p.idle--
 	}
-	p.mu.Unlock()
+	if p.n == 0 {
+		p.workers--
+		p.taken.Signal()
+		return nil
+	}
+	j := p.queue[p.first]
+	p.queue[p.first] = nil
+	p.first = (p.first + 1) % maxQueue
+	p.n--
+	p.taken.Signal()
+	return j
+}
+
+// close ends the workers when no job is left, and waits for them. No job may be
+// added any more.
+func (p *pool) close() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.closed = true
+	p.work.Broadcast()
+	for p.workers > 0 {
+		p.taken.Wait()
+	}
 }

@@ -87,7 +87,7 @@ func (s *session) readUnsplit(q *request) {
 // startRead begins a read with a buffer of size bytes, which have been taken.
 func (s *session) startRead(j *job, size int64) {
 	j.buf = newBuffer(s.account, size)
-	if s.try != nil && j.n <= size {
+	if s.try != nil && j.n <= pieceSize && j.n <= size {
 		if err := s.try.TryRead(j.buf.data(j.n), j.off); !isWouldBlock(err) {
 			j.end(err, reader)
 			return

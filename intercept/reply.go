@@ -13,6 +13,10 @@ const (
 	extended                // NBD_OPT_EXTENDED_HEADERS, for requests as well
 )
 
+func (st style) String() string {
+	return [...]string{simple: "simple", structured: "structured", extended: "extended"}[st]
+}
+
 // headSize is the length in bytes of what stands in front of the data of a
 // read: a reply's header, in chunks followed by the data's offset.
 func (st style) headSize() int64 {

@@ -86,7 +86,7 @@ func (s *session) check(q *request) error {
 	if s.server.stopping.Load() {
 		return errStopping
 	}
-	if int(q.typ) >= len(commands) || q.typ == NBD_CMD_DISC {
+	if int(q.typ) >= len(commands) {
 		return errUnknownCommand
 	}
 	cmd := commands[q.typ]

@@ -10,12 +10,14 @@ package intercept
 import (
 	"net"
 	"sync"
+	"time"
 )
 
 // sender owns the writing side of a connection. Its methods may be called from
 // any goroutine.
 type sender struct {
-	conn net.Conn
+	conn    net.Conn
+	timeout time.Duration // for one write; 0: none
 
 	// mu protects the fields below. Never held across I/O.
 	mu    sync.Mutex
@@ -32,8 +34,8 @@ type sender struct {
 	vec       net.Buffers
 }
 
-func newSender(conn net.Conn) *sender {
-	w := &sender{conn: conn}
+func newSender(conn net.Conn, timeout time.Duration) *sender {
+	w := &sender{conn: conn, timeout: timeout}
 	w.idle.L = &w.mu
 	return w
 }
@@ -99,6 +101,7 @@ func (w *sender) write(queue []*buffer, small []byte) error {
 		parts = append(parts, small)
 	}
 	w.parts = parts
+	w.limit()
 
 	var err error
 	if len(parts) == 1 {
@@ -133,8 +136,16 @@ func (w *sender) writeNow(p []byte) error {
 	if err != nil {
 		return err
 	}
+	w.limit()
 	_, err = w.conn.Write(p)
 	return err
+}
+
+// limit sets the time that the next write may take.
+func (w *sender) limit() {
+	if w.timeout > 0 {
+		w.conn.SetWriteDeadline(time.Now().Add(w.timeout))
+	}
 }
 
 // done ends what exclusive began, and writes what others left meanwhile.

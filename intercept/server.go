@@ -41,7 +41,7 @@ type Options struct {
 // Server serves exports over NBD. Its methods may be called from any
 // goroutine.
 type Server struct {
-	Options
+	opts     Options
 	budget   *budget
 	stopping atomic.Bool // Shutdown was called
 
@@ -54,6 +54,7 @@ type Server struct {
 	listeners map[net.Listener]struct{}
 	conns     map[*connection]struct{}
 	epoch     uint64 // counts Disconnects
+	full      bool   // the last connection was refused
 }
 
 // NewServer returns a server that serves nobody until Serve is called.
@@ -71,7 +72,7 @@ func NewServer(o Options) *Server {
 		o.MemoryBudget = 128 << 20
 	}
 	s := &Server{
-		Options:   o,
+		opts:      o,
 		budget:    newBudget(o.MemoryBudget, o.MaxConns),
 		listeners: map[net.Listener]struct{}{},
 		conns:     map[*connection]struct{}{},
@@ -90,7 +91,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 // ServeTLS is Serve for clients that must begin with STARTTLS; anything else
 // is refused until they do. Options.TLS must be set.
 func (s *Server) ServeTLS(ctx context.Context, l net.Listener) error {
-	if s.TLS == nil {
+	if s.opts.TLS == nil {
 		l.Close()
 		return errors.New("serve TLS: no certificate")
 	}
@@ -114,7 +115,7 @@ func (s *Server) serve(ctx context.Context, l net.Listener, mustTLS bool) error 
 			return nil
 		case temporary(err):
 			// Out of file descriptors, most likely: others will close some.
-			s.Log.Warn("accept", "err", err)
+			s.opts.Log.Warn("accept", "err", err)
 			select {
 			case <-time.After(100 * time.Millisecond):
 			case <-ctx.Done():

@@ -3,7 +3,6 @@
 package intercept
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -24,6 +23,10 @@ const (
 	// lastLook is how long a stopping server waits for requests that are
 	// already on their way.
 	lastLook = 20 * time.Millisecond
+
+	// lastWords is how long a client that has ended its requests may take to
+	// read the replies.
+	lastWords = 30 * time.Second
 )
 
 // session is a connection in the transmission phase. Its methods are the
@@ -57,7 +60,7 @@ type session struct {
 	pending []byte // of batch, to be sent
 	batches chan *buffer
 
-	trace bool // log each request
+	trace bool // log each request, as was asked for when the session began
 }
 
 // newSession returns the session of what h has negotiated.
@@ -67,7 +70,8 @@ func newSession(s *Server, h *handshake, l *lease, log *slog.Logger) *session {
 		server: s, conn: h.conn, log: log, lease: l,
 		dev: dev, size: uint64(dev.Size()), readOnly: dev.ReadOnly(),
 		style: h.style, flags: h.commandFlags(), contexts: h.contexts,
-		pool: newPool(), sender: newSender(h.conn),
+		pool: newPool(), sender: newSender(h.conn, s.opts.IdleTimeout),
+		trace:   log.Enabled(s.ctx, slog.LevelDebug),
 		input:   make([]byte, inputSize),
 		batches: make(chan *buffer, 2),
 	}
@@ -84,10 +88,11 @@ func newSession(s *Server, h *handshake, l *lease, log *slog.Logger) *session {
 // run serves requests until the client disconnects or breaks the protocol, the
 // connection fails, or the server stops. All requests have ended and all
 // replies are written, or cannot be, when it returns.
-func (s *session) run(ctx context.Context) error {
-	err := s.loop(ctx)
+func (s *session) run() error {
+	err := s.loop()
+	s.conn.SetWriteDeadline(time.Now().Add(lastWords))
 	s.flush()
-	s.pool.wait()
+	s.pool.close()
 	s.lease.close()
 	return err
 }
@@ -98,11 +103,10 @@ var errIdle = errors.New("idle for too long")
 // errStopped ends a connection when the server stops.
 var errStopped = errors.New("server stopped")
 
-func (s *session) loop(ctx context.Context) error {
+func (s *session) loop() error {
 	for {
 		size := s.style.requestSize()
 		if s.w-s.r < size {
-			s.trace = s.log.Enabled(ctx, slog.LevelDebug)
 			if err := s.fill(size); err != nil {
 				return err
 			}
@@ -214,12 +218,8 @@ func (s *session) flush() {
 
 // fill reads until input holds n bytes, at most inputSize.
 func (s *session) fill(n int) error {
-	if s.r == s.w {
-		s.r, s.w = 0, 0
-	} else if s.r+n > len(s.input) {
-		s.w = copy(s.input, s.input[s.r:s.w])
-		s.r = 0
-	}
+	s.w = copy(s.input, s.input[s.r:s.w])
+	s.r = 0
 	for s.w-s.r < n {
 		m, err := s.receive(s.input[s.w:])
 		s.w += m
@@ -272,8 +272,8 @@ func (s *session) discard(n uint64) error {
 func (s *session) receive(p []byte) (int, error) {
 	s.flush()
 	for {
-		if s.server.IdleTimeout > 0 {
-			s.conn.SetReadDeadline(time.Now().Add(s.server.IdleTimeout))
+		if idle := s.server.opts.IdleTimeout; idle > 0 {
+			s.conn.SetReadDeadline(time.Now().Add(idle))
 		}
 		// Look after setting the deadline: Shutdown sets one after it has set
 		// stopping, so one of us ends this read.

@@ -14,13 +14,14 @@ type Client struct {
 	Peer   string // for people: who it is
 }
 
-// Clients returns the connections that use an export now, in no order.
+// Clients returns the connections that use an export now, in no order. Those
+// whose export is gone, although they have not noticed, do not.
 func (s *Server) Clients() []Client {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	var list []Client
 	for c := range s.conns {
-		if c.lease != nil {
+		if c.lease != nil && !c.lease.isClosed() {
 			list = append(list, Client{Export: c.export, Peer: c.client})
 		}
 	}

@@ -17,10 +17,10 @@ func (h *handshake) startTLS(ctx context.Context, data []byte) error {
 	case h.tls:
 		h.fail(id, NBD_REP_ERR_INVALID, "TLS has begun already")
 		return nil
-	case len(data) > 0:
+	case data == nil || len(data) > 0:
 		h.fail(id, NBD_REP_ERR_INVALID, "STARTTLS takes no data")
 		return nil
-	case h.server.TLS == nil:
+	case h.server.opts.TLS == nil:
 		h.fail(id, NBD_REP_ERR_POLICY, "this server has no certificate")
 		return nil
 	}
@@ -28,7 +28,7 @@ func (h *handshake) startTLS(ctx context.Context, data []byte) error {
 	if err := h.out.Flush(); err != nil {
 		return fmt.Errorf("send reply to STARTTLS: %w", err)
 	}
-	conn := tls.Server(h.conn, h.server.TLS)
+	conn := tls.Server(h.conn, h.server.opts.TLS)
 	if err := conn.HandshakeContext(ctx); err != nil {
 		return fmt.Errorf("begin TLS: %w", err)
 	}

@@ -37,6 +37,7 @@ var (
 // if the payload is not of that form, and err only if it cannot be read.
 func (s *session) statusPayload(q *request) (refused, err error) {
 	n := q.payload(s.style)
+	q.flags &^= NBD_CMD_FLAG_PAYLOAD_LEN // it is read here
 	if n < 8+4 || n > 8+4*maxContexts || n%4 != 0 || len(s.contexts) == 0 {
 		return errContextIDs, s.discard(n)
 	}
@@ -45,7 +46,6 @@ func (s *session) statusPayload(q *request) (refused, err error) {
 	}
 	p := s.input[s.r : s.r+int(n)]
 	s.r += int(n)
-	q.flags &^= NBD_CMD_FLAG_PAYLOAD_LEN
 	q.n, q.contexts = binary.BigEndian.Uint64(p), 0
 	for p = p[8:]; len(p) > 0; p = p[4:] {
 		id := binary.BigEndian.Uint32(p)
