@@ -13,8 +13,9 @@
 //	    12     4  tracking block size as a power of two, 12 to 24
 //	    16     4  CRC-32C of bytes 0 to 15
 //	    20     4  zero
-//	    64     8  live: offset of the live map's record. Storing it commits a
-//	              Freeze or a Reset
+//	    64     8  live map's record: its offset / 64 in bits 0 to 32, bits 0
+//	              to 30 of its checksum in 33 to 63. Storing this word commits
+//	              a Freeze or a Reset
 //	    72     8  link to the first table
 //
 // All other nodes, where a root leads to them; the content of the rest is
@@ -256,6 +257,15 @@ func (h history) encode(p []byte) {
 	sum := crc32.Checksum(p[recordNumber:recordSum], castagnoli)
 	binary.NativeEndian.PutUint64(p[recordSum:], uint64(sum))
 }
+
+// commitWord is what the header says when the record at off, with the bytes p,
+// is the live map's.
+func commitWord(off int64, p []byte) uint64 {
+	return binary.NativeEndian.Uint64(p[recordSum:])<<33 | uint64(off/recordSize)
+}
+
+// commitOffset is the offset of the record that a commit word names.
+func commitOffset(word uint64) int64 { return int64(word&(1<<33-1)) * recordSize }
 
 // decodeHistory returns the fixed part of the record p, or false if its
 // checksum or its numbers are wrong.

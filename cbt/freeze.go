@@ -118,7 +118,7 @@ func (m *Map) startLocked(size int64, h history, root link, lost bool) {
 	m.store(record+recordRoot, uint64(root))
 	m.store(record+recordBytes, uint64(size))
 	m.store(record+recordState, stateOf(lost))
-	m.store(headerLive, uint64(record))
+	m.store(headerLive, commitWord(record, m.bytes[record:]))
 
 	m.epoch++
 	t := &tree{nodes: m.nodes, history: h, shift: m.shift, size: size, epoch: m.epoch, record: record, live: true}

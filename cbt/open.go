@@ -25,7 +25,7 @@ func Open(mem Memory) (*Map, []*Frozen, error) {
 	}
 	m := newMap(mem, shift)
 	m.counts = make([]uint32, min(mem.Len()/nodeSize, maxNodes))
-	w := walk{Map: m, live: int64(m.load(headerLive))}
+	w := walk{Map: m, live: commitOffset(m.load(headerLive))}
 	if err := w.allTables(); err != nil {
 		return nil, nil, err
 	}
@@ -91,7 +91,7 @@ func (w *walk) roots() ([]*Frozen, error) {
 		trees[r] = t
 	}
 	now := trees[w.live]
-	if now == nil {
+	if now == nil || w.load(headerLive) != commitWord(w.live, w.bytes[w.live:]) {
 		return nil, fmt.Errorf("%w: no live map", ErrDamaged)
 	}
 	var frozen []*Frozen
