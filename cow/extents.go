@@ -87,10 +87,11 @@ func (i *Image) scanRun(off, end int64, hole bool, add func(off, end int64)) err
 	if err := i.Err(); err != nil {
 		return err
 	}
+	chain := i.chain(nil)
 	at := off // everything before was added
-	for c := range i.preserved(chunkNo(off>>chunkShift), chunks(end)) {
+	for c := range preserved(chain, chunkNo(off>>chunkShift), chunks(end)) {
 		var places [blocksPerChunk]place
-		i.locate(places[:], c.off(), chunkSize)
+		locate(chain, places[:], c.off(), chunkSize)
 		for b, p := range places {
 			from, to := max(c.off()+int64(b)<<blockShift, off), min(c.off()+int64(b+1)<<blockShift, end)
 			if from >= to || p == inOrigin {
@@ -111,15 +112,18 @@ func (i *Image) scanRun(off, end int64, hole bool, add func(off, end int64)) err
 	return nil
 }
 
-// preserved yields the chunks of [c, end) that any layer of the image's chain has
-// a word for, in ascending order. The caller is inside readers.
-func (i *Image) preserved(c, end chunkNo) iter.Seq[chunkNo] {
+// preserved yields the chunks of [c, end) that any layer of the chain has a word
+// for, in ascending order. It looks at newer layers first, as locate does.
+func preserved(chain []*layer, c, end chunkNo) iter.Seq[chunkNo] {
 	return func(yield func(chunkNo) bool) {
 		for c < end {
 			next := end
-			for l := i.layer; l != nil && next > c; l = l.newer.Load() {
+			for _, l := range slices.Backward(chain) {
 				for first := range l.table.from(c) {
 					next = min(next, first)
+					break
+				}
+				if next == c {
 					break
 				}
 			}

@@ -3,11 +3,8 @@
 // A destroyed snapshot's layer is still part of the chains of older images. So
 // that chains stay short, its words move to the layer before it. Neither layer is
 // the head, so nobody else changes a word of either, and no lock is needed:
-//
-//   - A reader walks from old to new and may miss a word that moves past it; it
-//     looks again after it has read (read.go).
-//   - A writer looks at the layers from new to old (shield.mask), and a word is
-//     published in the older layer before it goes from the newer one.
+// readers and writers look at the layers from new to old (locate, shield.mask),
+// and a word is published in the older layer before it goes from the newer one.
 
 package cow
 
@@ -64,7 +61,6 @@ func (d *Device) fold(older, l *layer, s *scrap) bool {
 			continue
 		}
 		l.table.store(c, 0)
-		s.moved = true
 	}
 	return all
 }

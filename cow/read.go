@@ -2,13 +2,16 @@
 //
 // A block of an image is in the first of these that has it: the image's layer,
 // newer layers in order up to the head, the origin. While it is read it can move
-// one step to the left: a writer preserves it, or the reclaimer folds its layer
-// into an older one (the reclaimer turns the readers' gate between two folds, so
-// no block moves twice under one reader). What a reader found in the origin, or in any layer but the
-// first, may thus be newer than the image when it comes to read it; but then the
-// block was published further left before. So a reader looks up where the blocks
-// are, reads them, and looks up again: blocks that are still where they were were
-// right, the others are read once more.
+// to the left: a writer preserves it, or the reclaimer folds its layer into an
+// older one. What a reader found in the origin may thus be newer than the image
+// when it comes to read it; but then the block was published further left before.
+// So a reader looks up where the blocks are, reads them, and looks up again:
+// blocks that are still where they were were right, the others are read once more.
+//
+// A look goes through the layers from right to left, and what it finds last
+// counts. In the other direction a block could move past it, from a layer that it
+// has not come to into one that it has left: it would find the block nowhere, and
+// take it for one that is in the origin.
 //
 // Slots and tables that a reader may have found are not given back while it is
 // inside Device.readers.
@@ -17,6 +20,7 @@ package cow
 
 import (
 	"fmt"
+	"slices"
 	"sync"
 
 	"blksnap/store"
@@ -48,9 +52,11 @@ func (p place) follows(q place) bool {
 // readWindow is how many bytes are looked up at a time.
 const readWindow = 1 << 20
 
-// lookup is room for the places of a window, which need not begin at a block.
+// lookup is room for the places of a window, which need not begin at a block, and
+// for the layers that have them.
 type lookup struct {
 	was, is [readWindow>>blockShift + 1]place
+	chain   []*layer
 }
 
 var lookups = sync.Pool{New: func() any { return new(lookup) }}
@@ -83,7 +89,8 @@ func (i *Image) read(l *lookup, p []byte, off int64) error {
 	first := off >> blockShift
 	n := int((off+int64(len(p))-1)>>blockShift-first) + 1
 	was, is := l.was[:n], l.is[:n]
-	i.locate(is, off, int64(len(p)))
+	l.chain = i.chain(l.chain[:0])
+	locate(l.chain, is, off, int64(len(p)))
 	// In the first round nothing was read yet.
 	moved := func(int) bool { return true }
 	for {
@@ -107,7 +114,9 @@ func (i *Image) read(l *lookup, p []byte, off int64) error {
 			return nil
 		}
 		was, is = is, was
-		i.locate(is, off, int64(len(p)))
+		// There may be a new layer, with blocks that were overwritten meanwhile.
+		l.chain = i.chain(l.chain[:0])
+		locate(l.chain, is, off, int64(len(p)))
 		moved = func(b int) bool { return was[b] != is[b] }
 	}
 }
@@ -133,14 +142,23 @@ func (i *Image) readRun(p []byte, off, b, end int64, pl place) error {
 	return nil
 }
 
+// chain appends the layers that the image's blocks may be in, its own first, the
+// head last. They stay while the caller is inside Device.readers.
+func (i *Image) chain(layers []*layer) []*layer {
+	for l := i.layer; l != nil; l = l.newer.Load() {
+		layers = append(layers, l)
+	}
+	return layers
+}
+
 // locate finds the places of the blocks that [off, off+n) touches.
-func (i *Image) locate(places []place, off, n int64) {
+func locate(chain []*layer, places []place, off, n int64) {
 	clear(places) // all inOrigin
 	first := off >> blockShift
 	for sp := range spans(off, n) {
 		at := int64(sp.chunk)*blocksPerChunk - first // of the chunk's first block in places
 		want := sp.mask()
-		for l := i.layer; l != nil && want != 0; l = l.newer.Load() {
+		for _, l := range slices.Backward(chain) {
 			w := l.table.load(sp.chunk)
 			for b, blocks := range runs(w.mask() & want) {
 				for k := b; k < b+blocks; k++ {
@@ -151,7 +169,6 @@ func (i *Image) locate(places []place, off, n int64) {
 					}
 				}
 			}
-			want &^= w.mask()
 		}
 	}
 }

@@ -37,11 +37,10 @@ type scrap struct {
 	empty  []*table // without words
 	words  []word   // whole slots
 	shrunk []word   // single blocks of slots that stay
-	moved  bool     // a word went from one table to another
 }
 
 func (s *scrap) none() bool {
-	return len(s.tables)+len(s.empty)+len(s.words)+len(s.shrunk) == 0 && !s.moved
+	return len(s.tables)+len(s.empty)+len(s.words)+len(s.shrunk) == 0
 }
 
 // retireImage takes an image that has ended from its device.

@@ -36,10 +36,11 @@ func (i *Image) Shares() int64 {
 	if own, _ := i.ownLayer(); own == nil {
 		return 0
 	}
+	chain := i.chain(nil)
 	var blocks int64
-	for c := range i.preserved(0, chunks(i.Size())) {
+	for c := range preserved(chain, 0, chunks(i.Size())) {
 		var places [blocksPerChunk]place
-		i.locate(places[:], c.off(), chunkSize)
+		locate(chain, places[:], c.off(), chunkSize)
 		for _, p := range places {
 			if p > isZero {
 				blocks++
