@@ -16,12 +16,12 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
 	"time"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -39,29 +39,21 @@ const maxGround = 32
 func checkGround(ctx context.Context, what, path string) error {
 	ctx, cancel := context.WithTimeout(ctx, groundWait)
 	defer cancel()
-	// A read that hangs cannot be called back. Its goroutine ends with the
-	// process, which does not start.
-	result := make(chan error, 1)
-	go func() { result <- probeGround(path, maxGround) }()
-	select {
-	case err := <-result:
-		if err != nil && !errors.Is(err, fs.ErrPermission) { // whoever opens it will say that
-			return fmt.Errorf("%s %s: %w", what, path, err)
-		}
+	err := probeGround(ctx, path, maxGround)
+	if err == nil || errors.Is(err, fs.ErrPermission) { // whoever opens it will say that
 		return nil
-	case <-ctx.Done():
-		return refuse(syscall.EDEADLK, "%s %s: what it stands on does not answer: does it stand on one of our own exports?", what, path)
 	}
+	return fmt.Errorf("%s %s: %w", what, path, err)
 }
 
 // probeGround follows at most depth layers below path.
-func probeGround(path string, depth int) error {
+func probeGround(ctx context.Context, path string, depth int) error {
 	path, st, err := nearest(path)
 	if err != nil || depth == 0 {
 		return err
 	}
 	if st.Mode().Type() == fs.ModeDevice { // a block device, not a character device
-		return probeDevice(st.Sys().(*syscall.Stat_t).Rdev, depth)
+		return probeDevice(ctx, st.Sys().(*syscall.Stat_t).Rdev, depth)
 	}
 	m, err := mountOf(path)
 	if err != nil {
@@ -69,11 +61,11 @@ func probeGround(path string, depth int) error {
 	}
 	switch source, err := os.Stat(m.source); {
 	case m.dev != 0 && unix.Major(m.dev) != 0:
-		return probeDevice(m.dev, depth)
+		return probeDevice(ctx, m.dev, depth)
 	case err == nil && source.Mode().Type() == fs.ModeDevice: // btrfs
-		return probeDevice(source.Sys().(*syscall.Stat_t).Rdev, depth)
+		return probeDevice(ctx, source.Sys().(*syscall.Stat_t).Rdev, depth)
 	case strings.HasPrefix(m.kind, "fuse") && st.Mode().IsRegular():
-		return probeRead(path)
+		return probeRead(ctx, path)
 	}
 	return nil
 }
@@ -91,7 +83,7 @@ func nearest(path string) (string, fs.FileInfo, error) {
 
 // probeDevice follows the block device dev down: partitions, loop devices and
 // what device mapper or md put together.
-func probeDevice(dev uint64, depth int) error {
+func probeDevice(ctx context.Context, dev uint64, depth int) error {
 	dir, err := filepath.EvalSymlinks(fmt.Sprintf("/sys/dev/block/%d:%d", unix.Major(dev), unix.Minor(dev)))
 	if err != nil {
 		return fmt.Errorf("find what it stands on: %w", err)
@@ -100,10 +92,10 @@ func probeDevice(dev uint64, depth int) error {
 		dir = filepath.Dir(dir)
 	}
 	if name := filepath.Base(dir); strings.HasPrefix(name, "nbd") {
-		return probeRead("/dev/" + name)
+		return probeRead(ctx, "/dev/"+name)
 	}
 	if file, err := os.ReadFile(dir + "/loop/backing_file"); err == nil {
-		return probeGround(strings.TrimSuffix(string(file), "\n"), depth-1)
+		return probeGround(ctx, strings.TrimSuffix(string(file), "\n"), depth-1)
 	}
 	below, err := filepath.Glob(dir + "/slaves/*/dev")
 	if err != nil || depth == 0 {
@@ -111,7 +103,7 @@ func probeDevice(dev uint64, depth int) error {
 	}
 	for _, s := range below {
 		if text, err := os.ReadFile(s); err == nil {
-			if err := probeDevice(parseDev(strings.TrimSpace(string(text))), depth-1); err != nil {
+			if err := probeDevice(ctx, parseDev(strings.TrimSpace(string(text))), depth-1); err != nil {
 				return err
 			}
 		}
@@ -119,21 +111,24 @@ func probeDevice(dev uint64, depth int) error {
 	return nil
 }
 
-// probeRead reads one block of the file or device at path past the page cache,
-// which may still know what nobody serves any more.
-func probeRead(path string) error {
-	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_DIRECT, 0)
-	if err != nil {
-		return fmt.Errorf("it stands on what does not answer: %w", err)
+// probeRead reads one block of the file or device at path, past the page cache,
+// which may still know what nobody serves any more. A read that hangs cannot be
+// called back, and no process ends before its reads: so it is another one's, dd.
+func probeRead(ctx context.Context, path string) error {
+	dd := exec.Command("dd", "if="+path, "of=/dev/null", "bs=4096", "count=1", "iflag=direct", "status=none")
+	if err := dd.Start(); err != nil {
+		return fmt.Errorf("probe %s: %w", path, err)
 	}
-	defer f.Close()
-	const block = 4096
-	buf := make([]byte, 2*block)
-	skip := -int(uintptr(unsafe.Pointer(&buf[0]))) & (block - 1)
-	if _, err := unix.Pread(int(f.Fd()), buf[skip:skip+block], 0); err != nil {
-		return fmt.Errorf("it stands on %s, which does not answer: %w", path, err)
+	ended := make(chan error, 1)
+	go func() { ended <- dd.Wait() }() // with the read, or our process
+	select {
+	case err := <-ended:
+		if err == nil {
+			return nil
+		}
+	case <-ctx.Done():
 	}
-	return nil
+	return refuse(syscall.EDEADLK, "it stands on %s, which does not answer: is that one of our own exports?", path)
 }
 
 // mount is a line of /proc/self/mountinfo.

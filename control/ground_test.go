@@ -111,7 +111,7 @@ func TestGround(t *testing.T) {
 			defer cancel()
 			err := checkGround(ctx, "snapstore", tc.path)
 			wantError(t, "snapstore on what is not served", err,
-				"snapstore "+tc.path+": what it stands on does not answer: does it stand on one of our own exports?")
+				"snapstore "+tc.path+": it stands on "+file+", which does not answer: is that one of our own exports?")
 		})
 	}
 }
