@@ -73,15 +73,19 @@ func (m *Map) nextBase(h history) uint64 {
 	return h.base
 }
 
-// Reset begins a new generation, in which nothing was marked yet and base is
-// the last snapshot's number. No Mark may run meanwhile. Frozen maps keep
-// their generation. It needs no memory, and so cannot fail.
+// Reset begins a new generation, in which nothing was marked yet. No Mark may
+// run meanwhile. Frozen maps keep their generation. It needs no memory, and so
+// cannot fail.
+//
+// Its base is a number that no snapshot had: what changed between the last
+// snapshot and now is in no map any more, so whoever asks for the changes since
+// that snapshot must be told that they are not known.
 func (m *Map) Reset(generation uuid.UUID) {
 	m.turning.Lock()
 	defer m.turning.Unlock()
 	m.mu.Lock()
 	was := m.live.Load()
-	m.startLocked(was.size, history{number: was.number, base: was.number - 1, generation: generation}, 0, false)
+	m.startLocked(was.size, history{number: was.number + 1, base: was.number, generation: generation}, 0, false)
 	m.retireLocked(was)
 	m.mu.Unlock()
 	m.reap()
