@@ -43,6 +43,13 @@ const (
 // tableRoot is the root's offset in units.
 const tableRoot = 1
 
+// maxTable is how many bytes offsets reach: only a device of nearly 2 PiB that is
+// overwritten all over needs so many.
+const maxTable = tableUnit << 32
+
+// maxGrowth bounds by how much a table grows at a time: a write waits for it.
+const maxGrowth = 8 * memoryStep
+
 type table struct {
 	mem    *memory
 	levels int // of nodes above the leaves
@@ -56,14 +63,14 @@ type table struct {
 // newTable makes an empty table for chunks [0, end).
 func newTable(end chunkNo) (*table, error) {
 	t := &table{end: end}
-	leaves := int64(end>>leafShift) + 1
+	leaves := int64(end+1<<leafShift-1) >> leafShift
 	size := tableUnit + leaves*leafBytes
 	for n := leaves; n > 1; t.levels++ {
 		n = (n + 1<<nodeShift - 1) >> nodeShift
 		size += n * nodeBytes
 	}
 	var err error
-	if t.mem, err = newMemory(size + nodeBytes); err != nil {
+	if t.mem, err = newMemory(min(size+nodeBytes, maxTable)); err != nil {
 		return nil, err
 	}
 	if err := t.mem.Grow(memoryStep); err != nil {
@@ -134,7 +141,7 @@ func (t *table) grow(c chunkNo) error {
 				n = leafBytes
 			}
 			if t.used+n > t.mem.Len() {
-				if err := t.mem.Grow(max(memoryStep, t.mem.Len()/8)); err != nil {
+				if err := t.mem.Grow(min(max(memoryStep, t.mem.Len()/8), maxGrowth)); err != nil {
 					// Near the end of the reservation a small step may still fit.
 					if err := t.mem.Grow(memoryStep); err != nil {
 						return err
