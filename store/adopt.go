@@ -18,8 +18,13 @@ func (p *Pool) Adopt(s Slot, mask uint16) error {
 	if l == nil {
 		return fmt.Errorf("adopt slot %v: there is no such part", s)
 	}
+	before := l.used
 	if err := l.adopt(s.index(), mask); err != nil {
 		return fmt.Errorf("adopt slot %v: %w", s, err)
+	}
+	// That it is used is nothing new: it is no part of the present rate.
+	for i := range p.samples {
+		p.samples[i].used += l.used - before
 	}
 	return nil
 }
@@ -44,6 +49,9 @@ func (l *ledger) adopt(i int64, mask uint16) error {
 func (p *Pool) Discard() error {
 	p.mu.Lock()
 	ledgers := p.ledgers
+	for _, l := range ledgers {
+		l.ahead = 0
+	}
 	p.mu.Unlock()
 	var errs []error
 	for _, l := range ledgers {
@@ -89,20 +97,31 @@ func (p *Pool) sweep(l *ledger) error {
 }
 
 // claimHeld moves swept on: slots before data, which have no backing, become
-// clean, and a few from there on are claimed but for their blocks in use.
+// clean, and a few from there on are claimed but for their blocks in use. Where
+// slots keep their backing anyway they can be used at once.
 func (l *ledger) claimHeld(data int64) {
 	end := min(l.traits.Held, l.swept+pageSlots)
-	for ; l.swept < min(data, end); l.swept++ {
-		if !l.inUse.has(l.swept) {
+	l.claim.masks = l.claim.masks[:0]
+	for ; l.swept < end; l.swept++ {
+		switch free := !l.inUse.has(l.swept); {
+		case l.traits.Coarse && free:
+			l.setSpare(l.swept, l.state(l.swept), AllBlocks)
+			l.dirty.remove(l.swept)
+			l.warm.add(l.swept)
+		case l.traits.Coarse:
+		case l.swept >= data:
+			l.claimNext(min(end, l.swept+maxClaim))
+			return
+		case free:
 			l.clean.add(l.swept)
 		}
 	}
-	l.claim.first, l.claim.masks = l.swept, l.claim.masks[:0]
-	for ; l.swept < min(end, l.claim.first+maxClaim); l.swept++ {
-		mask := ^l.state(l.swept).used
-		if l.traits.Coarse {
-			mask = 0
-		}
-		l.claim.masks = append(l.claim.masks, mask)
+}
+
+// claimNext claims what is not in use of the slots from swept to end.
+func (l *ledger) claimNext(end int64) {
+	l.claim.first = l.swept
+	for ; l.swept < end; l.swept++ {
+		l.claim.masks = append(l.claim.masks, ^l.state(l.swept).used)
 	}
 }

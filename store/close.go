@@ -3,15 +3,12 @@
 package store
 
 import (
+	"context"
 	"errors"
 	"fmt"
-	"time"
 )
 
 var errClosed = errors.New("snapstore is closed")
-
-// closeWait is how long Close waits for parts that may hang.
-const closeWait = 10 * time.Second
 
 // Close ends what runs in the background and closes all parts. It leaves what
 // they hold as it is: a successor may adopt it. A part that hangs is left alone
@@ -31,26 +28,37 @@ func (p *Pool) Close() error {
 
 	<-p.watched
 	for _, l := range ledgers {
-		go func() { l.closed <- l.close() }()
+		go l.close()
 	}
-	late := time.After(closeWait)
+	late, cancel := context.WithTimeout(context.Background(), p.closeWait)
+	defer cancel()
 	var errs []error
 	for _, l := range ledgers {
 		select {
-		case err := <-l.closed:
-			errs = append(errs, err)
-		case <-late:
-			late = time.After(0)
-			errs = append(errs, fmt.Errorf("close snapstore %v: it hangs", l.traits.Spec))
+		case <-l.closed:
+		case <-late.Done():
 		}
+		errs = append(errs, l.closeError())
 	}
 	return errors.Join(errs...)
 }
 
-// close waits for the keeper, which uses the part to its end.
-func (l *ledger) close() error {
+// close closes the part once the keeper, which uses it to its end, is gone.
+func (l *ledger) close() {
 	<-l.gone
-	if err := l.part.Close(); err != nil {
+	l.closeErr = l.part.Close()
+	close(l.closed)
+}
+
+// closeError is what came of close so far.
+func (l *ledger) closeError() error {
+	err := errors.New("it hangs")
+	select {
+	case <-l.closed:
+		err = l.closeErr
+	default:
+	}
+	if err != nil {
 		return fmt.Errorf("close snapstore %v: %w", l.traits.Spec, err)
 	}
 	return nil

@@ -2,6 +2,7 @@ package store
 
 import (
 	"sync"
+	"sync/atomic"
 	"testing"
 )
 
@@ -44,13 +45,11 @@ func failing(op string, err error) func(string, int64, int64) error {
 // when it is there, and it goes on once release is closed.
 func gate(op string) (hook func(string, int64, int64) error, entered, release chan struct{}) {
 	entered, release = make(chan struct{}), make(chan struct{})
-	var once sync.Once
+	var held atomic.Bool
 	return func(got string, _, _ int64) error {
-		if got == op {
-			once.Do(func() {
-				close(entered)
-				<-release
-			})
+		if got == op && held.CompareAndSwap(false, true) {
+			close(entered)
+			<-release
 		}
 		return nil
 	}, entered, release

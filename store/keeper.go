@@ -103,13 +103,12 @@ func (p *Pool) prepare(l *ledger) bool {
 	defer p.mu.Unlock()
 	l.claim.masks = l.claim.masks[:0]
 	for i := first; i < first+unitSlots; i++ {
-		if err != nil {
-			l.clean.add(i)
-			continue
+		// Some of it may be there after an error, too.
+		l.setSpare(i, l.state(i), AllBlocks)
+		if err == nil {
+			l.dirty.remove(i)
+			l.warm.add(i)
 		}
-		l.state(i).spare = AllBlocks
-		l.spare += slotBlocks
-		l.warm.add(i)
 	}
 	// Where it does not work, writers make backing as they go.
 	l.noAhead = err != nil

@@ -19,12 +19,15 @@ type ledger struct {
 
 	kick   chan struct{} // wakes the keeper
 	gone   chan struct{} // closed when the keeper is gone
-	closed chan error    // what came of closing the part
+	closed chan struct{} // closed when the part is, with closeErr set
+
+	closeErr error
 
 	limit   int64 // blocks in use at most
 	ceiling int64 // as far as there is backing; may be below or above limit
 	used    int64 // blocks in use, those of quarantined slots included
 	spare   int64
+	stuck   int64  // slots in quarantine
 	allocs  uint64 // counts alloc and extend: tells the keeper what is idle
 	ahead   int64  // warm slots that the keeper has ready
 	noAhead bool   // it cannot
@@ -61,7 +64,7 @@ func newLedger(no uint8, part Part) *ledger {
 		no:      no,
 		kick:    make(chan struct{}, 1),
 		gone:    make(chan struct{}),
-		closed:  make(chan error, 1),
+		closed:  make(chan struct{}),
 		limit:   limit,
 		ceiling: limit,
 		fresh:   t.Held,
@@ -87,16 +90,20 @@ func (l *ledger) cost(mask uint16) int64 {
 	return blocks(mask)
 }
 
-// room is how many more blocks can be in use.
-func (l *ledger) room() int64 {
+// left is how many more blocks can be in use.
+func (l *ledger) left() int64 {
 	if l.failed != nil {
 		return 0
 	}
 	return max(0, min(l.limit, l.ceiling)-l.used)
 }
 
-// size is how many blocks are or can be in use.
-func (l *ledger) size() int64 { return l.used + l.room() }
+// room is how many of them can be in slots that are free now.
+func (l *ledger) room() int64 {
+	return min(l.left(), (l.traits.Slots-l.inUse.n-l.stuck)*slotBlocks)
+}
+
+func (l *ledger) inUseBlocks() int64 { return l.used }
 
 // lower notes that there was no backing for n blocks in use. They are not
 // counted, so that once they are freed there is no room still.
@@ -154,7 +161,28 @@ func (l *ledger) pick(masks []uint16) (i int64, n int) {
 	if n > 0 {
 		return i, n
 	}
-	return l.warm.findRun(want)
+	return l.scrape()
+}
+
+// scrape finds a free slot where those with an address of their own have run
+// out: one that waits for somebody else, or to be punched.
+func (l *ledger) scrape() (int64, int) {
+	if i, n := l.warm.findRun(1); n > 0 {
+		return i, n
+	}
+	for k := range l.single {
+		if i, ok := l.popSingle(1 << k); ok {
+			return i, 1
+		}
+	}
+	i, ok := l.dirty.next(0)
+	for ok && (l.inUse.has(i) || l.state(i).stuck || l.claim.has(i, AllBlocks)) {
+		i, ok = l.dirty.next(i + 1)
+	}
+	if !ok {
+		return 0, 0
+	}
+	return i, 1
 }
 
 // wantsWarm says whether slots with backing for all blocks suit masks: where
@@ -249,7 +277,8 @@ func (l *ledger) free(i int64) {
 	l.inUse.remove(i)
 	l.used -= l.cost(st.used)
 	if i >= l.swept && i < l.traits.Held {
-		*st = slotState{} // sweep will find it
+		st.used = 0
+		l.setSpare(i, st, 0) // sweep will find it
 		return
 	}
 	spare := st.spare | st.used
@@ -278,7 +307,7 @@ func (l *ledger) free(i int64) {
 // maxSpare is how much backing is kept for those who will ask for it next: the
 // less, the less room there is.
 func (l *ledger) maxSpare() int64 {
-	return min(256<<20/BlockSize, l.room()/4)
+	return min(256<<20/BlockSize, l.left()/4)
 }
 
 func (l *ledger) wake() {

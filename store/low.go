@@ -32,10 +32,8 @@ const maxSamples = 8
 func (p *Pool) OnLow(f func(LowSpace)) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.onLow = f
-	if p.low {
-		p.wakeWatch()
-	}
+	p.onLow, p.lowSaid = f, false
+	p.wakeWatch()
 }
 
 // lowMark is under how many free blocks a pool of size blocks is low.
@@ -46,13 +44,13 @@ func lowMark(size int64) int64 {
 // noteSpace is called whenever there may be less space, or more. The caller
 // holds mu.
 func (p *Pool) noteSpace() {
-	free, mark := p.room(true), lowMark(p.size)
+	free, mark := p.sum((*ledger).room), lowMark(p.size)
 	switch {
 	case !p.low && free < mark:
 		p.low = true
 		p.wakeWatch()
 	case p.low && free >= mark+mark/8:
-		p.low = false
+		p.low, p.lowSaid = false, false
 	}
 }
 
@@ -78,13 +76,22 @@ func (p *Pool) watch() {
 			p.sampleUsed(now)
 			p.mu.Unlock()
 		case <-p.watchKick:
-			p.mu.Lock()
-			f, low := p.onLow, p.outlook(time.Now())
-			p.mu.Unlock()
-			if f != nil {
-				f(low)
-			}
+			p.announce()
 		}
+	}
+}
+
+// announce calls what OnLow was given if there is something new to say.
+func (p *Pool) announce() {
+	p.mu.Lock()
+	f, outlook := p.onLow, p.outlook(time.Now())
+	if !p.low || p.lowSaid {
+		f = nil
+	}
+	p.lowSaid = p.low && p.onLow != nil
+	p.mu.Unlock()
+	if f != nil {
+		f(outlook)
 	}
 }
 
@@ -93,15 +100,7 @@ func (p *Pool) sampleUsed(now time.Time) {
 		copy(p.samples, p.samples[1:])
 		p.samples = p.samples[:maxSamples-1]
 	}
-	p.samples = append(p.samples, sample{now, p.used()})
-}
-
-// used is how many blocks are in use. The caller holds mu.
-func (p *Pool) used() (n int64) {
-	for _, l := range p.ledgers {
-		n += l.used
-	}
-	return n
+	p.samples = append(p.samples, sample{now, p.sum((*ledger).inUseBlocks)})
 }
 
 // Outlook says how much space there is and how long it will last.
@@ -112,12 +111,10 @@ func (p *Pool) Outlook() LowSpace {
 }
 
 func (p *Pool) outlook(now time.Time) LowSpace {
-	o := LowSpace{Free: p.room(true) * BlockSize}
-	for _, l := range p.ledgers {
-		o.Size += l.size() * BlockSize
-	}
+	used, free := p.sum((*ledger).inUseBlocks), p.sum((*ledger).room)
+	o := LowSpace{Size: (used + free) * BlockSize, Free: free * BlockSize}
 	then := p.samples[0]
-	if more := p.used() - then.used; more > 0 {
+	if more := used - then.used; more > 0 {
 		seconds := max(now.Sub(then.at).Seconds(), 1e-3)
 		o.Rate = max(1, int64(float64(more*BlockSize)/seconds))
 		left := float64(o.Free) / float64(o.Rate) * float64(time.Second)

@@ -43,8 +43,8 @@ type Part interface {
 	// promises nothing about durability: snapshots do not outlive a reboot.
 	WriteAt(b []byte, off int64) (int, error)
 
-	// Prepare makes backing for [off, off+n) in one go. What is written
-	// there already stays. An error changes nothing that matters.
+	// Prepare makes backing for [off, off+n), which holds nothing, in one
+	// go. After an error some of it may be there.
 	Prepare(off, n int64) error
 
 	// Punch gives the backing of [off, off+n) back.

@@ -24,6 +24,7 @@ type Pool struct {
 	done      chan struct{} // closed by Close
 	watched   chan struct{} // closed when watch is over
 	watchKick chan struct{} // wakes watch
+	closeWait time.Duration // how long Close waits for parts that may hang
 
 	// mu protects what follows and the ledgers. It is never held across
 	// I/O, nor while a function of somebody else is called.
@@ -34,7 +35,8 @@ type Pool struct {
 	freed   uint64
 	wake    chan struct{} // closed when freed changes; nil if nobody waits
 	misuse  error         // the first breach of a method's contract
-	low     bool          // free space is under the mark, and that was said
+	low     bool          // free space is under the mark
+	lowSaid bool          // and that was said
 	onLow   func(LowSpace)
 	samples []sample // the latest last; never empty
 	closed  bool
@@ -47,6 +49,7 @@ func NewPool(parts ...Part) *Pool {
 		done:      make(chan struct{}),
 		watched:   make(chan struct{}),
 		watchKick: make(chan struct{}, 1),
+		closeWait: 10 * time.Second,
 		samples:   []sample{{at: time.Now()}},
 	}
 	go p.watch()
@@ -117,7 +120,7 @@ func (p *Pool) alloc(dst []Slot, masks []uint16, reserve bool) (int, error) {
 	if p.closed {
 		return 0, errClosed
 	}
-	room := p.room(reserve)
+	room := p.sum((*ledger).room) - p.kept(reserve)
 	for _, l := range p.ledgers {
 		if n := l.alloc(dst, masks, min(room, l.room())); n > 0 {
 			p.noteSpace()
@@ -127,16 +130,20 @@ func (p *Pool) alloc(dst []Slot, masks []uint16, reserve bool) (int, error) {
 	return 0, ErrFull
 }
 
-// room is how many blocks can be given out. The caller holds mu.
-func (p *Pool) room(reserve bool) int64 {
-	room := int64(0)
+// sum adds up what f says of each part. The caller holds mu.
+func (p *Pool) sum(f func(*ledger) int64) (n int64) {
 	for _, l := range p.ledgers {
-		room += l.room()
+		n += f(l)
 	}
-	if !reserve {
-		room -= p.reserve
+	return n
+}
+
+// kept is how many blocks are kept from those who may not use the reserve.
+func (p *Pool) kept(reserve bool) int64 {
+	if reserve {
+		return 0
 	}
-	return room
+	return p.reserve
 }
 
 // Extend counts more blocks of a slot in use; those that count already stay as
@@ -154,7 +161,7 @@ func (p *Pool) extend(s Slot, mask uint16, reserve bool) error {
 	if l == nil {
 		return fmt.Errorf("extend slot %v: it is not in use", s)
 	}
-	err := l.extend(s.index(), mask, min(p.room(reserve), l.room()))
+	err := l.extend(s.index(), mask, min(p.sum((*ledger).left)-p.kept(reserve), l.left()))
 	p.noteSpace()
 	return err
 }
@@ -201,6 +208,7 @@ func (p *Pool) Quarantine(s Slot) {
 	}
 	l.inUse.remove(s.index())
 	l.state(s.index()).stuck = true
+	l.stuck++
 }
 
 // inUse returns the ledger of a slot that is in use; nil, and a note for Check,

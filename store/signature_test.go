@@ -65,7 +65,10 @@ func TestSignatures(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer f.Close()
-			for _, s := range append(known, mdAtEnd(size)...) {
+			for i, s := range append(known, mdAtEnd(size)...) {
+				if s.name == "ZFS" && i%100 != 0 {
+					continue // a thousand places, all alike
+				}
 				if s.off < 0 {
 					s.off += size
 				}

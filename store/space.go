@@ -9,12 +9,8 @@ import "context"
 func (p *Pool) Space() (size, used, free int64) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for _, l := range p.ledgers {
-		size += l.size() * BlockSize
-		used += l.used * BlockSize
-		free += l.room() * BlockSize
-	}
-	return size, used, free
+	used, free = p.sum((*ledger).inUseBlocks), p.sum((*ledger).room)
+	return (used + free) * BlockSize, used * BlockSize, free * BlockSize
 }
 
 // Wait returns nil once Freed is not since any more, or the error of ctx, or

@@ -1,0 +1,177 @@
+package store
+
+import (
+	"context"
+	"errors"
+	"testing"
+	"time"
+)
+
+// TestLowSpace follows what is said while a pool fills and empties.
+func TestLowSpace(t *testing.T) {
+	const limit = 16 << 20 // 256 slots, low under 128 of them
+	p := NewPool(openMem(t, limit))
+	said := make(chan LowSpace, 10)
+	p.OnLow(func(l LowSpace) { said <- l })
+	var slots []Slot
+	take := func(n int) {
+		for range n {
+			slots = append(slots, allocOne(t, p, AllBlocks))
+		}
+	}
+	give := func(n int) {
+		for _, s := range slots[:n] {
+			p.Free(s, AllBlocks)
+		}
+		slots = slots[n:]
+	}
+	wantSaid := func(when string) {
+		t.Helper()
+		select {
+		case l := <-said:
+			if l.Size != limit || l.Free >= limit/2 || l.Rate <= 0 || l.Left <= 0 || l.Left > time.Minute {
+				t.Errorf("%s\n got %+v\nwant size %d, less than half of it free, a rate and the time that is left", when, l, limit)
+			}
+		case <-time.After(10 * time.Second):
+			t.Errorf("%s: nothing was said", when)
+		}
+	}
+	take(128) // the mark itself is not under it
+	take(1)
+	wantSaid("under the mark")
+	take(10)
+	give(26) // over the mark, but not by an eighth
+	take(20)
+	give(30) // by more
+	take(40)
+	wantSaid("under the mark again")
+	if err := p.Add(openMem(t, limit)); err != nil {
+		t.Fatal(err)
+	}
+	take(160)
+	if l := <-said; l.Size != 2*limit {
+		t.Errorf("under the mark of a larger pool\n got %+v\nwant size %d", l, 2*limit)
+	}
+	if err := p.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if len(said) != 0 {
+		t.Errorf("said once more than wanted: %+v", <-said)
+	}
+}
+
+func TestLowMark(t *testing.T) {
+	const mib = 1 << 20 / BlockSize
+	for _, tc := range []struct {
+		name       string
+		size, want int64
+	}{
+		{"a tenth", 10_000 * mib, 1000 * mib},
+		{"64 MiB at least", 200 * mib, 64 * mib},
+		{"half of a small one", 100 * mib, 50 * mib},
+		{"nothing", 0, 0},
+	} {
+		if got := lowMark(tc.size); got != tc.want {
+			t.Errorf("%s: mark of %d blocks\n got %d\nwant %d", tc.name, tc.size, got, tc.want)
+		}
+	}
+}
+
+// TestOutlook looks back on a rate that is known.
+func TestOutlook(t *testing.T) {
+	p := openPool(t, openMem(t, 16<<20))
+	now := time.Now()
+	p.mu.Lock()
+	p.samples = []sample{{now.Add(-4 * time.Second), 0}}
+	p.mu.Unlock()
+	for range 64 {
+		allocOne(t, p, AllBlocks)
+	}
+	p.mu.Lock()
+	got := p.outlook(now)
+	p.mu.Unlock()
+	want := LowSpace{Size: 16 << 20, Free: 12 << 20, Rate: 1 << 20, Left: 12 * time.Second}
+	if got != want {
+		t.Errorf("4 MiB in 4 s\n got %+v\nwant %+v", got, want)
+	}
+	p.mu.Lock()
+	p.samples = []sample{{now, 1 << 20}}
+	got = p.outlook(now)
+	p.mu.Unlock()
+	want.Rate, want.Left = 0, 0
+	if got != want {
+		t.Errorf("when less is in use than was\n got %+v\nwant %+v", got, want)
+	}
+}
+
+// TestSamples looks back a bounded time.
+func TestSamples(t *testing.T) {
+	p := openPool(t, openMem(t, 16<<20))
+	now := time.Now()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for i := range 100 {
+		p.sampleUsed(now.Add(time.Duration(i) * time.Second))
+	}
+	if got, want := p.samples[0].at, now.Add((100-maxSamples)*time.Second); len(p.samples) != maxSamples || got != want {
+		t.Errorf("samples\n got %d, the oldest of %v\nwant %d, %v", len(p.samples), got, maxSamples, want)
+	}
+}
+
+// TestWait: whoever waits for space goes on when there is some.
+func TestWait(t *testing.T) {
+	for _, tc := range []struct {
+		name string
+		free func(p *Pool, s Slot)
+	}{
+		{"freed", func(p *Pool, s Slot) { p.Free(s, 3) }},
+		{"shrunk", func(p *Pool, s Slot) { p.Shrink(s, 1) }},
+		{"added", func(p *Pool, s Slot) {
+			if err := p.Add(openMem(t, 1<<20)); err != nil {
+				t.Error(err)
+			}
+		}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			p := openPool(t, openMem(t, 1<<20))
+			s := allocOne(t, p, 3)
+			since := p.Freed()
+			waited := make(chan error)
+			go func() { waited <- p.Wait(t.Context(), since) }()
+			eventually(t, "somebody waits", func() bool {
+				p.mu.Lock()
+				defer p.mu.Unlock()
+				return p.wake != nil
+			})
+			select {
+			case err := <-waited:
+				t.Fatalf("Wait returned %v before anything was freed", err)
+			default:
+			}
+			tc.free(p, s)
+			if err := <-waited; err != nil {
+				t.Errorf("Wait: %v", err)
+			}
+			if err := p.Wait(t.Context(), since); err != nil {
+				t.Errorf("Wait for what was freed before: %v", err)
+			}
+		})
+	}
+}
+
+func TestWaitEnds(t *testing.T) {
+	p := NewPool(openMem(t, 1<<20))
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := p.Wait(ctx, p.Freed()); !errors.Is(err, context.Canceled) {
+		t.Errorf("Wait with a context that is over\n got %v\nwant %v", err, context.Canceled)
+	}
+	waited := make(chan error)
+	go func() { waited <- p.Wait(t.Context(), p.Freed()) }()
+	if err := p.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-waited; err == nil {
+		t.Errorf("Wait of a pool that is closed: no error")
+	}
+}
