@@ -226,6 +226,23 @@ func TestCommands(t *testing.T) {
 	}
 }
 
+// TestRepeatedFlags serves two devices with a snapstore of two parts.
+func TestRepeatedFlags(t *testing.T) {
+	p, q := newPlace(t), newPlace(t)
+	cmd := blksnap(t, p.serve("--mount", "none", "--store", "mem:2MiB", "a="+p.origin, "b="+q.origin)...)
+	words, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	startServe(t, cmd, words, "the daemon")
+	if got := strings.Count(p.ask(t, "device", "list", "--json"), "\n"); got != 2 {
+		t.Errorf("devices\n got %d\nwant 2", got)
+	}
+	if got := strings.Count(p.ask(t, "store", "list", "--json"), "\n"); got != 2 {
+		t.Errorf("parts of the snapstore\n got %d\nwant 2", got)
+	}
+}
+
 // TestPassedSocket passes a listening socket in, as systemd and libnbd do.
 func TestPassedSocket(t *testing.T) {
 	p := newPlace(t)

@@ -10,9 +10,9 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"reflect"
-	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -29,15 +29,15 @@ const configFile = "/etc/blksnap.yaml"
 // Config is what serve is told, as it was given: nothing is filled in yet. The
 // tags are the flags of the command line and the keys of the file.
 type Config struct {
-	Origin List `arg:"" optional:"" sep:"none" name:"origin" placeholder:"[NAME=]ORIGIN" yaml:"origin" help:"Raw image file or block device to protect, under its name (default: its base name without extension)."`
+	Origin []string `arg:"" optional:"" sep:"none" name:"origin" placeholder:"[NAME=]ORIGIN" yaml:"origin" help:"Raw image file or block device to protect, under its name (default: its base name without extension)."`
 
-	Mount   string `placeholder:"DIR" yaml:"mount" help:"Where the tree is mounted, or none (/run/blksnap; unprivileged $XDG_RUNTIME_DIR/blksnap)."`
-	Run     string `placeholder:"DIR" yaml:"run" help:"Sockets and what lives until reboot (/run/blksnapd; unprivileged $XDG_RUNTIME_DIR/blksnapd)."`
-	Listen  List   `placeholder:"URI" sep:"none" yaml:"listen" help:"Serve NBD there: unix://PATH or tcp://HOST:PORT on loopback; repeatable (unix://RUN/nbd.sock)."`
-	Control string `placeholder:"PATH" yaml:"control" help:"The control socket (RUN/control.sock)."`
-	Store   List   `placeholder:"SPEC" sep:"none" yaml:"store" help:"Part of the snapstore: mem[:LIMIT], file:PATH[:LIMIT] or dev:PATH; repeatable, in order of preference (file:STATE/snapstore)."`
-	State   string `placeholder:"DIR" yaml:"state" help:"What outlives a reboot (/var/lib/blksnap; unprivileged $XDG_STATE_HOME/blksnap)."`
-	File    string `placeholder:"FILE" name:"config" yaml:"-" help:"The same settings in YAML (/etc/blksnap.yaml where it exists); flags win."`
+	Mount   string   `placeholder:"DIR" yaml:"mount" help:"Where the tree is mounted, or none (/run/blksnap; unprivileged $XDG_RUNTIME_DIR/blksnap)."`
+	Run     string   `placeholder:"DIR" yaml:"run" help:"Sockets and what lives until reboot (/run/blksnapd; unprivileged $XDG_RUNTIME_DIR/blksnapd)."`
+	Listen  []string `placeholder:"URI" sep:"none" yaml:"listen" help:"Serve NBD there: unix://PATH or tcp://HOST:PORT on loopback; repeatable (unix://RUN/nbd.sock)."`
+	Control string   `placeholder:"PATH" yaml:"control" help:"The control socket (RUN/control.sock)."`
+	Store   []string `placeholder:"SPEC" sep:"none" yaml:"store" help:"Part of the snapstore: mem[:LIMIT], file:PATH[:LIMIT] or dev:PATH; repeatable, in order of preference (file:STATE/snapstore)."`
+	State   string   `placeholder:"DIR" yaml:"state" help:"What outlives a reboot (/var/lib/blksnap; unprivileged $XDG_STATE_HOME/blksnap)."`
+	File    string   `placeholder:"FILE" name:"config" yaml:"-" help:"The same settings in YAML (/etc/blksnap.yaml where it exists); flags win."`
 
 	AllowOther bool `yaml:"allow-other" help:"Show the tree to other users too."`
 	Force      bool `yaml:"force" help:"Take a store's file or device although it holds something else."`
@@ -84,30 +84,17 @@ func (s *Size) UnmarshalText(text []byte) error {
 // MarshalText writes what UnmarshalText reads.
 func (s Size) MarshalText() ([]byte, error) { return strconv.AppendInt(nil, int64(s), 10), nil }
 
-// List is a list in a file, which may be written without its brackets where it
-// has one entry.
-type List []string
-
-// UnmarshalYAML reads a list, or its only entry.
-func (l *List) UnmarshalYAML(n *yaml.Node) error {
-	if n.Kind == yaml.ScalarNode {
-		*l = List{n.Value}
-		return nil
-	}
-	return n.Decode((*[]string)(l))
-}
-
 // withFile adds what the configuration file says to what the flags left open.
 // A list that was given as flags replaces the file's.
 func (c Config) withFile() (Config, error) {
 	f, err := readConfig(cmp.Or(c.File, configFile))
-	if errors.Is(err, fs.ErrNotExist) && c.File == "" {
-		return c, nil
+	if c.File == "" && (errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission)) {
+		return c, nil // there is none, or it is not for this user
 	}
 	if err != nil {
 		return c, err
 	}
-	pick := func(flag, file List) List {
+	pick := func(flag, file []string) []string {
 		if len(flag) > 0 {
 			return flag
 		}
@@ -135,45 +122,50 @@ func readConfig(path string) (c Config, err error) {
 		return c, fmt.Errorf("read configuration: %w", err)
 	}
 	var root yaml.Node
-	if err := yaml.Unmarshal(text, &root); err != nil {
-		return c, fmt.Errorf("read configuration %s: %s", path, oneLine(err))
-	}
-	if root.Kind == 0 { // nothing but comments
-		return c, nil
-	}
-	top := root.Content[0]
-	if top.Kind != yaml.MappingNode {
-		return c, fmt.Errorf("read configuration %s: it is not a list of KEY: VALUE", path)
-	}
-	for i := 0; i < len(top.Content); i += 2 {
-		if key := top.Content[i]; !slices.Contains(configKeys(reflect.TypeFor[Config]()), key.Value) {
-			return c, fmt.Errorf("read configuration %s: line %d: unknown key %q", path, key.Line, clip(key.Value))
-		}
-	}
-	// Decoded from the text again, not from root: only so are two documents
-	// in one file found.
 	d := yaml.NewDecoder(bytes.NewReader(text))
-	if err := d.Decode(&c); err != nil {
+	switch err := d.Decode(&root); {
+	case errors.Is(err, io.EOF): // nothing but comments
+		return c, nil
+	case err != nil:
 		return c, fmt.Errorf("read configuration %s: %s", path, oneLine(err))
 	}
 	if err := d.Decode(new(yaml.Node)); !errors.Is(err, io.EOF) {
 		return c, fmt.Errorf("read configuration %s: it holds more than one document", path)
 	}
+	top := root.Content[0]
+	if top.Kind != yaml.MappingNode {
+		return c, fmt.Errorf("read configuration %s: it is not a list of KEY: VALUE", path)
+	}
+	fields := configFields(reflect.TypeFor[Config]())
+	for i := 0; i < len(top.Content); i += 2 {
+		key, value := top.Content[i], top.Content[i+1]
+		kind, ok := fields[key.Value]
+		if !ok {
+			return c, fmt.Errorf("read configuration %s: line %d: unknown key %q", path, key.Line, clip(key.Value))
+		}
+		if kind == reflect.Slice && value.Kind == yaml.ScalarNode { // a list of one, without brackets
+			top.Content[i+1] = &yaml.Node{Kind: yaml.SequenceNode, Line: value.Line, Content: []*yaml.Node{value}}
+		}
+	}
+	if err := top.Decode(&c); err != nil {
+		return c, fmt.Errorf("read configuration %s: %s", path, oneLine(err))
+	}
 	return c, nil
 }
 
-// configKeys are the keys that struct t reads from YAML.
-func configKeys(t reflect.Type) (keys []string) {
+// configFields are the keys that struct t reads from YAML, and what they hold.
+func configFields(t reflect.Type) map[string]reflect.Kind {
+	fields := map[string]reflect.Kind{}
 	for f := range t.Fields() {
-		tag := f.Tag.Get("yaml")
-		switch {
-		case tag == ",inline":
-			keys = append(keys, configKeys(f.Type)...)
-		case tag != "-":
-			keys = append(keys, tag)
+		switch tag := f.Tag.Get("yaml"); tag {
+		case "-":
+		case ",inline":
+			maps.Copy(fields, configFields(f.Type))
+		default:
+			fields[tag] = f.Type.Kind()
 		}
 	}
-	return keys
+	return fields
 }
 
 // oneLine makes one line of the YAML package's errors, which list all that was

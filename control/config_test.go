@@ -48,13 +48,13 @@ tracking-block: 4KiB
 store-wait: 1m30s
 `,
 			want: Config{
-				Origin: List{"vda=/srv/vda.img", "/dev/sdb"}, Mount: "none", Run: "/r",
-				Listen: List{"unix:///s", "tcp://localhost"}, Control: "/c",
-				Store: List{"mem:1GiB", "file:/f:10GiB"}, State: "/s", AllowOther: true, Force: true,
+				Origin: []string{"vda=/srv/vda.img", "/dev/sdb"}, Mount: "none", Run: "/r",
+				Listen: []string{"unix:///s", "tcp://localhost"}, Control: "/c",
+				Store: []string{"mem:1GiB", "file:/f:10GiB"}, State: "/s", AllowOther: true, Force: true,
 				DeviceConfig: DeviceConfig{TrackingBlock: 4096, StoreWait: 90 * time.Second},
 			},
 		},
-		{name: "list of one without brackets", text: "store: mem", want: Config{Store: List{"mem"}}},
+		{name: "list of one without brackets", text: "store: mem", want: Config{Store: []string{"mem"}}},
 		{name: "bytes", text: "tracking-block: 65536", want: Config{DeviceConfig: DeviceConfig{TrackingBlock: 65536}}},
 		{name: "unknown key", text: "mount: /m\nstroe: mem\n", err: `line 2: unknown key "stroe"`},
 		{name: "a flag that is none of the settings", text: "config: /x", err: `line 1: unknown key "config"`},
@@ -91,9 +91,9 @@ func TestFlagsWin(t *testing.T) {
 	path := writeConfig(t, "origin: /f.img\nrun: /f\nstate: /f\nstore: [mem, file:/f]\nstore-wait: 1s\nallow-other: true\n")
 	flags := Config{
 		File:         path,
-		Origin:       List{"/flag.img"},
+		Origin:       []string{"/flag.img"},
 		State:        "/flag",
-		Store:        List{"dev:/flag"},
+		Store:        []string{"dev:/flag"},
 		DeviceConfig: DeviceConfig{TrackingBlock: 8192},
 	}
 	got, err := flags.withFile()
@@ -102,10 +102,10 @@ func TestFlagsWin(t *testing.T) {
 	}
 	want := Config{
 		File:         path,
-		Origin:       List{"/flag.img"},
+		Origin:       []string{"/flag.img"},
 		Run:          "/f",
 		State:        "/flag",
-		Store:        List{"dev:/flag"},
+		Store:        []string{"dev:/flag"},
 		AllowOther:   true,
 		DeviceConfig: DeviceConfig{TrackingBlock: 8192, StoreWait: time.Second},
 	}

@@ -92,6 +92,13 @@ func (d *Daemon) noteLow(l store.LowSpace) {
 	d.record("store-low", "", "", text)
 }
 
+// setTree says which tree shows the daemon.
+func (d *Daemon) setTree(t *fusefs.Tree) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.tree = t
+}
+
 // noteTree tells the tree, if there is one, that something is gone. What is new
 // it finds by itself.
 func (d *Daemon) noteTree(tell func(*fusefs.Tree)) {

@@ -202,11 +202,3 @@ func unknownDevice(name string) error {
 func errStopping() error {
 	return refuse(syscall.ESHUTDOWN, "the daemon is stopping")
 }
-
-// plural is n with the word for it.
-func plural(n int, word string) string {
-	if n == 1 {
-		return "1 " + word
-	}
-	return fmt.Sprintf("%d %ss", n, word)
-}

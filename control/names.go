@@ -48,14 +48,6 @@ func isAlnum(c byte) bool {
 	return 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9'
 }
 
-// clip shortens what a user gave to what fits into one line of an error.
-func clip(s string) string {
-	if len(s) > 2*maxName {
-		return s[:2*maxName] + "..."
-	}
-	return s
-}
-
 // splitOrigin takes [NAME=]ORIGIN apart. What stands before the first = counts
 // only if it has a name's form: /a=b/disk.img is a path. Without a name the
 // device is called by the base name of its origin without the last extension.

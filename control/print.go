@@ -5,7 +5,6 @@ package control
 
 import (
 	"bufio"
-	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -15,8 +14,6 @@ import (
 	"strings"
 	"text/tabwriter"
 	"time"
-
-	"blksnap/store"
 )
 
 // Output is where a command prints, and how.
@@ -197,30 +194,3 @@ func printStream[T any](o Output, values iter.Seq2[T, error], flush bool, text f
 	}
 	return w.Flush()
 }
-
-// people is a size as people read it: whole, or with one digit.
-func people(n int64) string {
-	exact := store.FormatSize(n)
-	if len(exact) <= len("1023KiB") {
-		return exact
-	}
-	units := []string{"B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"}
-	f, u := float64(n), 0
-	for ; f >= 1023.95 && u < len(units)-1; u++ {
-		f /= 1024
-	}
-	return fmt.Sprintf("%.1f%s", f, units[u])
-}
-
-// sizeLine is a size in bytes, and as people read it where that differs.
-func sizeLine(n int64) string {
-	exact := strconv.FormatInt(n, 10)
-	if p := people(n); p != exact {
-		return exact + " (" + p + ")"
-	}
-	return exact
-}
-
-func clock(t time.Time) string { return t.Local().Format(time.DateTime) }
-
-func orDash(s string) string { return cmp.Or(s, "-") }

@@ -32,7 +32,7 @@ func testConfig(t *testing.T, origins ...string) Config {
 		Mount:  "none",
 		Run:    filepath.Join(dir, "run"),
 		State:  filepath.Join(dir, "state"),
-		Store:  List{"mem:8MiB"},
+		Store:  []string{"mem:8MiB"},
 	}
 }
 
@@ -198,21 +198,21 @@ func TestServeRefuses(t *testing.T) {
 		change func(c *Config)
 		err    string // RUN, STATE stand for the directories
 	}{
-		{"origin missing", func(c *Config) { c.Origin = List{"/nonexistent/vda.img"} },
+		{"origin missing", func(c *Config) { c.Origin = []string{"/nonexistent/vda.img"} },
 			"add device vda: origin /nonexistent/vda.img: no such file or directory"},
-		{"second origin missing", func(c *Config) { c.Origin = List{good, "/nonexistent/vdz.img"} },
+		{"second origin missing", func(c *Config) { c.Origin = []string{good, "/nonexistent/vdz.img"} },
 			"add device vdz: origin /nonexistent/vdz.img: no such file or directory"},
-		{"origin twice", func(c *Config) { c.Origin = List{"a=" + good, "b=" + good} },
+		{"origin twice", func(c *Config) { c.Origin = []string{"a=" + good, "b=" + good} },
 			"add device b: origin " + good + " is device a already"},
 		{"run directory of another daemon", func(c *Config) { c.Run = filepath.Dir(used) },
 			fmt.Sprintf("lock directory RUN: in use by another blksnap, process %d", os.Getpid())},
 		{"state directory of another daemon", func(c *Config) { c.State = filepath.Join(filepath.Dir(used), "../state") },
 			fmt.Sprintf("lock directory STATE: in use by another blksnap, process %d", os.Getpid())},
-		{"NBD socket of another daemon", func(c *Config) { c.Listen = List{"unix://" + used} },
+		{"NBD socket of another daemon", func(c *Config) { c.Listen = []string{"unix://" + used} },
 			"listen on " + used + ": the socket is in use"},
-		{"store that holds something else", func(c *Config) { c.Store = List{"file:" + foreign} },
+		{"store that holds something else", func(c *Config) { c.Store = []string{"file:" + foreign} },
 			"open snapstore " + foreign + ": not a snapstore"},
-		{"second store of a bad size", func(c *Config) { c.Store = List{"mem:1MiB", "file:STATE/s:0"} },
+		{"second store of a bad size", func(c *Config) { c.Store = []string{"mem:1MiB", "file:STATE/s:0"} },
 			`snapstore "file:STATE/s:0": limit 0 is too small`},
 		{"mount point missing", func(c *Config) { c.Mount = "/nonexistent/mnt" },
 			"mount point /nonexistent/mnt does not exist"},
@@ -228,7 +228,7 @@ func TestServeRefuses(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			c := testConfig(t, "vda="+good)
-			c.Store = List{"file:" + filepath.Join(c.State, "snapstore") + ":1MiB"}
+			c.Store = []string{"file:" + filepath.Join(c.State, "snapstore") + ":1MiB"}
 			tc.change(&c)
 			for i, s := range c.Store {
 				c.Store[i] = strings.ReplaceAll(s, "STATE", c.State)

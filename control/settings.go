@@ -28,7 +28,7 @@ type settings struct {
 	force        bool
 
 	private string // directory to remove at the end, "" for none
-	base    string // directory to make before run and mount, "" for none
+	base    string // directory of ours to make before those in it, "" for none
 }
 
 // settle fills in what c leaves open. passed says that listening sockets were
@@ -52,20 +52,22 @@ func settle(c Config, passed bool) (s settings, err error) {
 		if s.private, err = os.MkdirTemp("", "blksnap-"); err != nil {
 			return s, fmt.Errorf("create private directory: %w", err)
 		}
+		defer func() {
+			if err != nil {
+				os.RemoveAll(s.private)
+			}
+		}()
 		c.Run, c.State = filepath.Join(s.private, "run"), filepath.Join(s.private, "state")
 	}
-	if err := s.settlePlaces(c); err != nil {
-		return s, err
+	if err = s.settlePlaces(c); err == nil {
+		err = s.settleStores(c)
 	}
-	return s, s.settleStores(c)
+	return s, err
 }
 
 // settlePlaces fills in directories and sockets.
 func (s *settings) settlePlaces(c Config) error {
 	p := defaultPlaces()
-	if c.Run == "" || c.Mount == "" {
-		s.base = p.base
-	}
 	s.run, s.state, s.mount = cmp.Or(c.Run, p.run), cmp.Or(c.State, p.state), cmp.Or(c.Mount, p.mount)
 	s.mountDefault = c.Mount == ""
 	s.control = cmp.Or(c.Control, filepath.Join(s.run, controlSocket))
@@ -79,6 +81,11 @@ func (s *settings) settlePlaces(c Config) error {
 			return fmt.Errorf("find %s: %w", *path, err)
 		}
 		*path = abs
+	}
+	for _, path := range []string{s.run, s.state, s.mount} {
+		if p.base != "" && strings.HasPrefix(path, p.base+"/") {
+			s.base = p.base
+		}
 	}
 	for _, uri := range c.Listen {
 		if path, ok := strings.CutPrefix(uri, "unix://"); ok && path != "" {

@@ -45,7 +45,7 @@ func TestSettle(t *testing.T) {
 	t.Setenv("NOTIFY_SOCKET", "")
 	file := writeConfig(t, "run: /f/run\nstate: /f/state\nmount: none\n")
 	t.Run("from flags", func(t *testing.T) {
-		got, err := settle(Config{File: writeConfig(t, ""), Origin: List{"vda=/a.img"}, Mount: "/m", Run: "/r", State: "/s"}, false)
+		got, err := settle(Config{File: writeConfig(t, ""), Origin: []string{"vda=/a.img"}, Mount: "/m", Run: "/r", State: "/s"}, false)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -92,11 +92,11 @@ func TestSettleRefuses(t *testing.T) {
 		conf Config
 		err  string
 	}{
-		{"two devices of one name", Config{Origin: List{"/a/x.img", "/b/x.img"}}, "origins /a/x.img and /b/x.img are both named x: write NAME=/b/x.img"},
+		{"two devices of one name", Config{Origin: []string{"/a/x.img", "/b/x.img"}}, "origins /a/x.img and /b/x.img are both named x: write NAME=/b/x.img"},
 		{"bad tracking block", Config{DeviceConfig: DeviceConfig{TrackingBlock: 1}}, "tracking block of 1 bytes is not a power of two from 4KiB to 16MiB"},
-		{"store of no kind", Config{Store: List{"tape:/dev/st0"}}, `snapstore "tape:/dev/st0": it is none of mem[:LIMIT], file:PATH[:LIMIT] and dev:PATH`},
-		{"store that is an origin", Config{Origin: List{"vda=" + origin}, Store: List{"file:" + origin}}, "snapstore file:" + origin + " is the origin of device vda"},
-		{"store that leads to an origin", Config{Origin: List{"vda=" + origin}, Store: List{"mem", "file:" + link}}, "snapstore file:" + link + " is the origin of device vda"},
+		{"store of no kind", Config{Store: []string{"tape:/dev/st0"}}, `snapstore "tape:/dev/st0": it is none of mem[:LIMIT], file:PATH[:LIMIT] and dev:PATH`},
+		{"store that is an origin", Config{Origin: []string{"vda=" + origin}, Store: []string{"file:" + origin}}, "snapstore file:" + origin + " is the origin of device vda"},
+		{"store that leads to an origin", Config{Origin: []string{"vda=" + origin}, Store: []string{"mem", "file:" + link}}, "snapstore file:" + link + " is the origin of device vda"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			tc.conf.File = writeConfig(t, "")

@@ -1,0 +1,158 @@
+// Opening everything that a daemon stands on, from the inside out.
+
+package control
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+	"net"
+	"os"
+	"slices"
+
+	"blksnap/fusefs"
+	"blksnap/store"
+)
+
+// open opens everything, from the inside out. Nobody is served yet.
+func (s *service) open(ctx context.Context, passed []net.Listener) error {
+	if s.set.private != "" {
+		s.later(func() error { return os.RemoveAll(s.set.private) })
+	}
+	if err := s.set.makeDirs(ctx); err != nil {
+		return err
+	}
+	if err := s.lock(ctx); err != nil {
+		return err
+	}
+	pool := store.NewPool()
+	s.later(func() error { return within(closeLimit, "close the snapstore", pool.Close) })
+	if err := s.openStores(pool); err != nil {
+		return err
+	}
+	// What the snapshots held goes back to the file system.
+	s.later(func() error { return within(closeLimit, "empty the snapstore", pool.Discard) })
+	s.daemon = newDaemon(s.version, s.log, pool, func(export string) string {
+		return exportURI(s.nbdOn[0].Addr(), export)
+	})
+	if err := s.listen(ctx, passed); err != nil {
+		return err
+	}
+	s.later(s.daemon.closeDevices)
+	for _, q := range s.set.devices {
+		if _, err := s.daemon.addDevice(q); err != nil {
+			return err
+		}
+	}
+	return s.mountTree(ctx)
+}
+
+// openStores opens the parts of the snapstore, empty: what a predecessor kept
+// in them went with its tables. A start that fails after that takes the files
+// away that it has made.
+func (s *service) openStores(pool *store.Pool) error {
+	for _, spec := range s.set.stores {
+		_, err := os.Lstat(spec.Path)
+		made := spec.Kind == store.File && errors.Is(err, fs.ErrNotExist)
+		part, err := store.Open(spec, s.set.force)
+		if err != nil {
+			return err
+		}
+		if made {
+			s.later(func() error { return s.unmake(spec.Path) })
+		}
+		if err := pool.Add(part); err != nil {
+			return errors.Join(err, part.Close())
+		}
+	}
+	return pool.Discard()
+}
+
+// unmake removes a file that this start has made, unless the daemon has served.
+func (s *service) unmake(path string) error {
+	if s.served {
+		return nil
+	}
+	return os.Remove(path)
+}
+
+// lock locks the run and the state directory.
+func (s *service) lock(ctx context.Context) error {
+	for _, dir := range slices.Compact([]string{s.set.run, s.set.state}) {
+		l, err := lockDir(ctx, dir, s.set.control, stopWait)
+		if err != nil {
+			return err
+		}
+		s.later(l.unlock)
+	}
+	return nil
+}
+
+// listen opens the sockets. Clients that connect already wait until we serve.
+func (s *service) listen(ctx context.Context, passed []net.Listener) error {
+	var err error
+	if s.apiOn, err = listenUnix(ctx, s.set.control); err != nil {
+		return err
+	}
+	s.later(closeOnce(s.apiOn))
+	if s.nbdOn = passed; passed != nil {
+		return nil
+	}
+	for _, uri := range s.set.listen {
+		l, err := listenNBD(ctx, uri)
+		if err != nil {
+			return err
+		}
+		s.nbdOn = append(s.nbdOn, l)
+		s.later(closeOnce(l))
+	}
+	return nil
+}
+
+// closeOnce closes l, which its server may have closed before.
+func closeOnce(l net.Listener) func() error {
+	return func() error {
+		if err := l.Close(); !errors.Is(err, net.ErrClosed) {
+			return err
+		}
+		return nil
+	}
+}
+
+func (s *service) mountTree(ctx context.Context) (err error) {
+	if s.set.mount == "" {
+		return nil
+	}
+	s.tree, err = fusefs.Mount(ctx, treeSource{s.daemon}, fusefs.Options{
+		Dir:        s.set.mount,
+		Create:     s.set.mountDefault || inBackground(),
+		AllowOther: s.set.allowOther,
+		Log:        s.log,
+	})
+	if err != nil {
+		return err
+	}
+	s.daemon.setTree(s.tree)
+	s.later(func() error {
+		// ctx has ended: that is why the tree goes.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), unmountLimit)
+		defer cancel()
+		return s.unmount(ctx)
+	})
+	return nil
+}
+
+// unmount unmounts the tree. Files of it that somebody keeps open, perhaps in
+// another mount namespace, end with our process: that is worth a line in the
+// log, a tree that stays mounted is an error.
+func (s *service) unmount(ctx context.Context) error {
+	err := s.tree.Unmount(ctx)
+	if err == nil {
+		return nil
+	}
+	if m, merr := mountOf(s.set.mount); merr != nil || m.kind == "fuse.blksnap" {
+		return err
+	}
+	s.log.Warn("the tree was in use", "err", err)
+	return nil
+}
