@@ -105,7 +105,7 @@ func (l *ledger) claimHeld(data int64) {
 	for ; l.swept < end; l.swept++ {
 		switch free := !l.inUse.has(l.swept); {
 		case l.traits.Coarse && free:
-			l.setSpare(l.swept, l.state(l.swept), AllBlocks)
+			l.setSpare(l.swept, l.slot(l.swept), AllBlocks)
 			l.dirty.remove(l.swept)
 			l.warm.add(l.swept)
 		case l.traits.Coarse:
@@ -122,6 +122,6 @@ func (l *ledger) claimHeld(data int64) {
 func (l *ledger) claimNext(end int64) {
 	l.claim.first = l.swept
 	for ; l.swept < end; l.swept++ {
-		l.claim.masks = append(l.claim.masks, ^l.state(l.swept).used)
+		l.claim.masks = append(l.claim.masks, ^l.slot(l.swept).used)
 	}
 }

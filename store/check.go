@@ -41,7 +41,7 @@ func (l *ledger) listFrom(at int64) (slots []Slot, masks []uint16, next int64) {
 			return slots, masks, -1
 		}
 		slots = append(slots, makeSlot(l.no, i))
-		masks = append(masks, l.state(i).used)
+		masks = append(masks, l.slot(i).used)
 		at = i + 1
 	}
 	return slots, masks, at
@@ -73,7 +73,7 @@ func (l *ledger) check() error {
 	}
 	var used, spare int64
 	for i := range l.fresh {
-		st := l.state(i)
+		st := l.slot(i)
 		held := l.inUse.has(i)
 		if held || st.stuck {
 			used += l.cost(st.used)

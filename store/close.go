@@ -52,7 +52,7 @@ func (l *ledger) close() {
 
 // closeError is what came of close so far.
 func (l *ledger) closeError() error {
-	err := errors.New("it hangs")
+	err := errHangs
 	select {
 	case <-l.closed:
 		err = l.closeErr

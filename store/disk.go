@@ -61,7 +61,8 @@ func (d *disk) writeBackError() error {
 		return unix.SyncFileRange(fd, 0, headerSize, unix.SYNC_FILE_RANGE_WAIT_BEFORE)
 	})
 	if err != nil {
-		d.lost = fmt.Errorf("an earlier write did not reach the disk: %w", err)
+		// ENOSPC here is not for somebody who could write elsewhere.
+		d.lost = fmt.Errorf("an earlier write did not reach the disk (%v): %w", err, unix.EIO)
 	}
 	return d.lost
 }

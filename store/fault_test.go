@@ -245,27 +245,36 @@ func TestExtendWaitsForNoPunch(t *testing.T) {
 	}
 }
 
-// TestHangingPart: nothing but I/O to the part waits for it, and Close goes on
-// without it.
+// TestHangingPart: a part in which a write hangs is left alone until that ends,
+// and Close goes on without a part that hangs.
 func TestHangingPart(t *testing.T) {
 	f := newFaulty(t, 4<<20)
 	p := NewPool(f, openMem(t, 4<<20))
-	s, other := allocOne(t, p, AllBlocks), allocOne(t, p, 1)
+	s := allocOne(t, p, AllBlocks)
 	hook, entered, release := gate("write")
 	f.set(hook)
 	wrote := make(chan error)
 	go func() { wrote <- p.WriteAt(s, make([]byte, SlotSize), 0) }()
 	<-entered
 	p.Quarantine(s)
-	if err := p.WriteAt(other, []byte{1}, 0); err != nil {
-		t.Errorf("WriteAt of another slot: %v", err)
+	if got := allocOne(t, p, AllBlocks); got.Part() != 2 {
+		t.Errorf("slot beside a part that hangs\n got %v\nwant one of part 2", got)
 	}
-	p.Free(other, 1)
-	if got := allocOne(t, p, AllBlocks); got == s {
-		t.Errorf("slot %v in quarantine was given out", s)
+	if got, want := p.Parts()[0].State, "failed: it hangs"; got != want {
+		t.Errorf("state of a part that hangs\n got %s\nwant %s", got, want)
 	}
 	if err := p.Check(); err != nil {
 		t.Error(err)
+	}
+	close(release)
+	<-wrote
+	since := p.Freed()
+	p.survey(p.ledgers[0])
+	if p.Freed() == since {
+		t.Errorf("nobody is told that the part works again")
+	}
+	if got := allocOne(t, p, AllBlocks); got == s || got.Part() != 1 {
+		t.Errorf("slot when the part works again\n got %v\nwant another than %v of part 1", got, s)
 	}
 	closing, entered, release2 := gate("close")
 	f.set(closing)
@@ -275,9 +284,7 @@ func TestHangingPart(t *testing.T) {
 		t.Errorf("Close\n got %v\nwant %s", err, want)
 	}
 	<-entered
-	close(release)
 	close(release2)
-	<-wrote
 }
 
 // TestManyAtOnce uses a pool from several goroutines, whose parts are added,

@@ -62,19 +62,23 @@ func (p *Pool) tend(l *ledger, idle bool) {
 	}
 }
 
-// survey asks the part how much backing it can still have.
+// survey asks the part how much backing it can still have, and lets those go on
+// who wait for it to work again.
 func (p *Pool) survey(l *ledger) {
 	avail, err := l.part.Avail()
-	p.mu.Lock()
-	defer p.mu.Unlock()
 	if err != nil {
-		l.fail(err)
-		p.noteSpace()
+		p.noteFailure(l, err)
 		return
 	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	before := l.room()
 	l.ceiling = l.used + l.spare + min(avail/BlockSize, l.limit)
-	if l.room() > before {
+	over := l.hungAt >= 0 && l.state() == nil
+	if over {
+		l.hungAt = -1
+	}
+	if over || l.room() > before {
 		p.noteFreed()
 	}
 }
@@ -104,7 +108,7 @@ func (p *Pool) prepare(l *ledger) bool {
 	l.claim.masks = l.claim.masks[:0]
 	for i := first; i < first+unitSlots; i++ {
 		// Some of it may be there after an error, too.
-		l.setSpare(i, l.state(i), AllBlocks)
+		l.setSpare(i, l.slot(i), AllBlocks)
 		if err == nil {
 			l.dirty.remove(i)
 			l.warm.add(i)
@@ -118,7 +122,7 @@ func (p *Pool) prepare(l *ledger) bool {
 // claimUnit claims clean slots to be prepared, if more are wanted.
 func (l *ledger) claimUnit() (first int64, ok bool) {
 	switch {
-	case l.traits.Coarse, l.failed != nil, l.noAhead:
+	case l.traits.Coarse, l.state() != nil, l.noAhead:
 		return 0, false
 	case l.warm.n >= l.ahead, l.spare+unitSlots*slotBlocks > l.maxSpare():
 		return 0, false

@@ -3,7 +3,9 @@
 package store
 
 import (
+	"errors"
 	"sync"
+	"sync/atomic"
 )
 
 // A ledger is what a pool knows of one part. The pool's mu protects it, but
@@ -23,6 +25,9 @@ type ledger struct {
 
 	closeErr error
 
+	// begun and ended count reads and writes where these may hang.
+	begun, ended atomic.Int64
+
 	limit   int64 // blocks in use at most
 	ceiling int64 // as far as there is backing; may be below or above limit
 	used    int64 // blocks in use, those of quarantined slots included
@@ -32,6 +37,7 @@ type ledger struct {
 	ahead   int64  // warm slots that the keeper has ready
 	noAhead bool   // it cannot
 	failed  error  // why no slot is given out any more
+	hungAt  int64  // ended when I/O was found to hang, -1 if it was not
 
 	pages  []*[pageSlots]slotState
 	fresh  int64 // slots from this one on were never given out
@@ -68,10 +74,11 @@ func newLedger(no uint8, part Part) *ledger {
 		limit:   limit,
 		ceiling: limit,
 		fresh:   t.Held,
+		hungAt:  -1,
 	}
 }
 
-func (l *ledger) state(i int64) *slotState {
+func (l *ledger) slot(i int64) *slotState {
 	p := i / pageSlots
 	for int64(len(l.pages)) <= p {
 		l.pages = append(l.pages, nil)
@@ -92,7 +99,7 @@ func (l *ledger) cost(mask uint16) int64 {
 
 // left is how many more blocks can be in use.
 func (l *ledger) left() int64 {
-	if l.failed != nil {
+	if l.state() != nil {
 		return 0
 	}
 	return max(0, min(l.limit, l.ceiling)-l.used)
@@ -105,118 +112,35 @@ func (l *ledger) room() int64 {
 
 func (l *ledger) inUseBlocks() int64 { return l.used }
 
+var errHangs = errors.New("it hangs")
+
+// state says why the part gives out no slots, if it does not.
+func (l *ledger) state() error {
+	if l.failed == nil && l.hungAt >= 0 && l.ended.Load() == l.hungAt {
+		return errHangs
+	}
+	return l.failed
+}
+
+// noteHang is called when I/O to the part has not ended for so long that
+// somebody gave up waiting for it. The part is left alone until some ends.
+func (l *ledger) noteHang() {
+	ended := l.ended.Load()
+	if l.begun.Load() != ended {
+		l.hungAt = ended
+	}
+}
+
 // lower notes that there was no backing for n blocks in use. They are not
 // counted, so that once they are freed there is no room still.
 func (l *ledger) lower(n int64) {
 	l.ceiling = max(0, min(l.ceiling, l.used)-n)
-}
-
-// alloc gives slots for masks that cost no more than room, and says how many.
-func (l *ledger) alloc(dst []Slot, masks []uint16, room int64) int {
-	fit := 0
-	for fit < len(dst) {
-		if room -= l.cost(masks[fit]); room < 0 {
-			break
-		}
-		fit++
-	}
-	given := 0
-	for given < fit {
-		i, n := l.pick(masks[given:fit])
-		if n == 0 {
-			break
-		}
-		for k := range int64(n) {
-			l.take(i+k, masks[given])
-			dst[given] = makeSlot(l.no, i+k)
-			given++
-		}
-	}
-	l.allocs++
-	return given
-}
-
-// pick chooses up to len(masks) neighbours that may be given out. n is 0 when
-// there is no address left.
-func (l *ledger) pick(masks []uint16) (i int64, n int) {
-	want := len(masks)
-	if l.wantsWarm(masks) {
-		l.wantAhead(want)
-		if i, n = l.warm.findRun(want); n > 0 {
-			return i, n
-		}
-	}
-	if want == 1 {
-		if i, ok := l.popSingle(masks[0]); ok {
-			return i, 1
-		}
-	}
-	if i, n = l.clean.findRun(want); n == want {
-		return i, n
-	}
-	if m := min(l.traits.Slots-l.fresh, int64(want)); m > int64(n) {
-		l.fresh += m
-		return l.fresh - m, int(m)
-	}
-	if n > 0 {
-		return i, n
-	}
-	return l.scrape()
-}
-
-// scrape finds a free slot where those with an address of their own have run
-// out: one that waits for somebody else, or to be punched.
-func (l *ledger) scrape() (int64, int) {
-	if i, n := l.warm.findRun(1); n > 0 {
-		return i, n
-	}
-	for k := range l.single {
-		if i, ok := l.popSingle(1 << k); ok {
-			return i, 1
-		}
-	}
-	i, ok := l.dirty.next(0)
-	for ok && (l.inUse.has(i) || l.state(i).stuck || l.claim.has(i, AllBlocks)) {
-		i, ok = l.dirty.next(i + 1)
-	}
-	if !ok {
-		return 0, 0
-	}
-	return i, 1
-}
-
-// wantsWarm says whether slots with backing for all blocks suit masks: where
-// one of them is whole, the others are its neighbours in one write, and the
-// next writes are likely to fill them.
-func (l *ledger) wantsWarm(masks []uint16) bool {
-	if l.traits.Coarse {
-		return true
-	}
-	for _, m := range masks {
-		if m == AllBlocks {
-			return true
-		}
-	}
-	return false
-}
-
-func (l *ledger) popSingle(mask uint16) (int64, bool) {
-	if blocks(mask) != 1 {
-		return 0, false
-	}
-	stack := &l.single[firstBlock(mask)]
-	n := len(*stack)
-	if n == 0 {
-		return 0, false
-	}
-	i := (*stack)[n-1]
-	*stack = (*stack)[:n-1]
-	return int64(i), true
+	l.ahead = 0
 }
 
 // take puts the free slot i in use.
 func (l *ledger) take(i int64, mask uint16) {
-	st := l.state(i)
+	st := l.slot(i)
 	l.clean.remove(i)
 	l.warm.remove(i)
 	l.inUse.add(i)
@@ -243,7 +167,7 @@ func (l *ledger) setSpare(i int64, st *slotState, spare uint16) {
 
 // extend counts more blocks of a slot in use, if they cost no more than room.
 func (l *ledger) extend(i int64, mask uint16, room int64) error {
-	st := l.state(i)
+	st := l.slot(i)
 	add := mask &^ st.used
 	if l.claim.has(i, add) {
 		return ErrFull
@@ -262,7 +186,7 @@ func (l *ledger) extend(i int64, mask uint16, room int64) error {
 
 // shrink makes blocks of a slot in use spare.
 func (l *ledger) shrink(i int64, mask uint16) {
-	st := l.state(i)
+	st := l.slot(i)
 	drop := mask & st.used
 	st.used &^= drop
 	if !l.traits.Coarse {
@@ -273,7 +197,7 @@ func (l *ledger) shrink(i int64, mask uint16) {
 
 // free takes slot i out of use, to where it can be used again.
 func (l *ledger) free(i int64) {
-	st := l.state(i)
+	st := l.slot(i)
 	l.inUse.remove(i)
 	l.used -= l.cost(st.used)
 	if i >= l.swept && i < l.traits.Held {

@@ -175,7 +175,7 @@ func (p *Pool) Free(s Slot, mask uint16) {
 	if l == nil {
 		return
 	}
-	if used := l.state(s.index()).used; used != mask {
+	if used := l.slot(s.index()).used; used != mask {
 		p.noteMisuse(fmt.Errorf("free of slot %v with blocks %016b in use: they are %016b", s, mask, used))
 	}
 	l.free(s.index())
@@ -190,7 +190,7 @@ func (p *Pool) Shrink(s Slot, mask uint16) {
 	if l == nil {
 		return
 	}
-	if used := l.state(s.index()).used; mask&^used != 0 {
+	if used := l.slot(s.index()).used; mask&^used != 0 {
 		p.noteMisuse(fmt.Errorf("shrink of slot %v by blocks %016b: those in use are %016b", s, mask, used))
 	}
 	l.shrink(s.index(), mask)
@@ -198,7 +198,8 @@ func (p *Pool) Shrink(s Slot, mask uint16) {
 }
 
 // Quarantine takes a slot out of use and never gives it out again, because a
-// write that hangs may still reach it. Its blocks go on counting.
+// write that hangs may still reach it. Its blocks go on counting. Its part gives
+// out nothing until I/O to it ends again.
 func (p *Pool) Quarantine(s Slot) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -207,8 +208,10 @@ func (p *Pool) Quarantine(s Slot) {
 		return
 	}
 	l.inUse.remove(s.index())
-	l.state(s.index()).stuck = true
+	l.slot(s.index()).stuck = true
 	l.stuck++
+	l.noteHang()
+	p.noteSpace()
 }
 
 // inUse returns the ledger of a slot that is in use; nil, and a note for Check,
@@ -227,77 +230,5 @@ func (p *Pool) inUse(s Slot, what string) *ledger {
 func (p *Pool) noteMisuse(err error) {
 	if p.misuse == nil {
 		p.misuse = err
-	}
-}
-
-// ReadAt fills b with what was written at byte off of slot s, or returns an
-// error. off may exceed SlotSize, and so may off+len(b): the slots that follow
-// are neighbours.
-func (p *Pool) ReadAt(s Slot, b []byte, off int64) error {
-	l := p.byNo[s.Part()].Load()
-	if l == nil {
-		return fmt.Errorf("read slot %v: no such part", s)
-	}
-	if _, err := l.part.ReadAt(b, s.index()*SlotSize+off); err != nil {
-		p.noteFault(l, err, 0)
-		return fmt.Errorf("read slot %v of snapstore %v: %w", s, l.traits.Spec, err)
-	}
-	return nil
-}
-
-// WriteAt writes b at byte off of slot s, as ReadAt reads it. Where it returns
-// an error for which errors.Is(err, syscall.ENOSPC) holds, the part gave out
-// more than its file system could hold: it counts as full from then on, and
-// what is freed and allocated again is in another part.
-func (p *Pool) WriteAt(s Slot, b []byte, off int64) error {
-	l := p.byNo[s.Part()].Load()
-	if l == nil {
-		return fmt.Errorf("write slot %v: no such part", s)
-	}
-	_, err := l.part.WriteAt(b, s.index()*SlotSize+off)
-	if errors.Is(err, syscall.ENOSPC) && p.trim(l, 0) == nil {
-		// What waited to be used again was what is missing here.
-		_, err = l.part.WriteAt(b, s.index()*SlotSize+off)
-	}
-	if err != nil {
-		p.noteFault(l, err, int64(len(b)+BlockSize-1)/BlockSize)
-		return fmt.Errorf("write slot %v of snapstore %v: %w", s, l.traits.Spec, err)
-	}
-	return nil
-}
-
-// noteFault draws the conclusions of an error of a part, which n blocks had no
-// backing for if that was the reason.
-func (p *Pool) noteFault(l *ledger, err error, n int64) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if errors.Is(err, syscall.ENOSPC) {
-		l.lower(n)
-	} else {
-		l.fail(err)
-	}
-	p.noteSpace()
-}
-
-// MayHang says whether reading or writing s can hang.
-func (p *Pool) MayHang(s Slot) bool {
-	l := p.byNo[s.Part()].Load()
-	return l != nil && l.traits.MayHang
-}
-
-// Freed counts how often space was freed or added. It is for Wait.
-func (p *Pool) Freed() uint64 {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.freed
-}
-
-// noteFreed lets those go on who wait for space. The caller holds mu.
-func (p *Pool) noteFreed() {
-	p.noteSpace()
-	p.freed++
-	if p.wake != nil {
-		close(p.wake)
-		p.wake = nil
 	}
 }

@@ -50,7 +50,7 @@ func (p *Pool) trim(l *ledger, target int64) error {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return l.failed
+	return l.state()
 }
 
 // trimStep punches a run of slots if more than target blocks are spare, and
@@ -74,7 +74,7 @@ func (p *Pool) trimStep(l *ledger, target int64) bool {
 // claimSpare claims the next run of dirty slots if more than target blocks are
 // spare.
 func (l *ledger) claimSpare(target int64) bool {
-	if l.spare <= target || l.failed != nil {
+	if l.spare <= target || l.state() != nil {
 		return false
 	}
 	// Who asks for slots meanwhile must find some, also where there are just
@@ -88,7 +88,7 @@ func (l *ledger) claimSpare(target int64) bool {
 	l.claim.first, l.claim.masks = first, l.claim.masks[:0]
 	for i := first; i < first+int64(n); i++ {
 		mask := AllBlocks
-		if st := l.state(i); st.stuck || l.inUse.has(i) {
+		if st := l.slot(i); st.stuck || l.inUse.has(i) {
 			mask = st.spare
 		}
 		l.claim.masks = append(l.claim.masks, mask)
@@ -118,7 +118,7 @@ func (l *ledger) cool(most int) {
 func (l *ledger) settle(err error) {
 	for k, mask := range l.claim.masks {
 		i := l.claim.first + int64(k)
-		st := l.state(i)
+		st := l.slot(i)
 		if err != nil {
 			l.dirty.add(i)
 			continue

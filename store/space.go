@@ -13,6 +13,23 @@ func (p *Pool) Space() (size, used, free int64) {
 	return (used + free) * BlockSize, used * BlockSize, free * BlockSize
 }
 
+// Freed counts how often space was freed or added. It is for Wait.
+func (p *Pool) Freed() uint64 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.freed
+}
+
+// noteFreed lets those go on who wait for space. The caller holds mu.
+func (p *Pool) noteFreed() {
+	p.noteSpace()
+	p.freed++
+	if p.wake != nil {
+		close(p.wake)
+		p.wake = nil
+	}
+}
+
 // Wait returns nil once Freed is not since any more, or the error of ctx, or
 // an error when the pool is closed.
 func (p *Pool) Wait(ctx context.Context, since uint64) error {
@@ -63,8 +80,8 @@ func (p *Pool) Parts() []PartInfo {
 			Free:  l.room() * BlockSize,
 			State: "ok",
 		}
-		if l.failed != nil {
-			info.State = "failed: " + l.failed.Error()
+		if err := l.state(); err != nil {
+			info.State = "failed: " + err.Error()
 		}
 		infos = append(infos, info)
 	}
