@@ -185,10 +185,10 @@ func (c *cbtShowCmd) Run(ctx context.Context, w io.Writer) error {
 
 type cbtExtentsCmd struct {
 	printed
-	Device     string `arg:"" help:"The device."`
-	Since      string `required:"" placeholder:"NUM|all" help:"Number of the last snapshot that was copied; all: everything that is allocated."`
-	At         string `placeholder:"SNAPSHOT" help:"Of its image (default: of the live device)."`
-	Generation string `placeholder:"UUID" help:"Only if the changes are of this generation; else status 3, a full read is due."`
+	Device     string        `arg:"" help:"The device."`
+	Since      control.Since `required:"" placeholder:"NUM|all" help:"Number of the last snapshot that was copied; all: everything that is allocated."`
+	At         string        `placeholder:"SNAPSHOT" help:"Of its image (default: of the live device)."`
+	Generation string        `placeholder:"UUID" help:"Only if the changes are of this generation; else status 3, a full read is due."`
 }
 
 func (c *cbtExtentsCmd) Run(ctx context.Context, w io.Writer) error {

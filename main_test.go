@@ -127,6 +127,7 @@ func TestExitStatus(t *testing.T) {
 		{"empty name", []string{"snapshot", "create", ""}, 2, "blksnap: snapshot create: NAME is empty"},
 		{"bad size", []string{"serve", "--tracking-block", "lots"}, 2, `blksnap: --tracking-block: "lots" is not a size such as 512, 64KiB, 10GiB or 1TiB`},
 		{"bad range", []string{"cbt", "mark", "vda", "--range", "5"}, 2, `blksnap: --range: range "5" is not OFFSET:LENGTH`},
+		{"bad number", []string{"cbt", "extents", "vda", "--since", "yesterday"}, 2, `blksnap: --since: since "yesterday" is neither a snapshot's number nor all`},
 		{"no daemon", []string{"device", "list", "--control", none}, 1, "blksnap: no daemon answers on " + none + ": no such file or directory"},
 		{"no daemon to ask for its version", []string{"version", "--control", none}, 1, "blksnap: no daemon answers on " + none + ": no such file or directory"},
 		{"bad origin", []string{"serve", "--mount", "none", "--run", t.TempDir(), "--state", t.TempDir(), "--store", "mem:1MiB", "/nonexistent/a.img"}, 1,

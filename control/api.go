@@ -111,7 +111,7 @@ type MarkRequest struct {
 
 // ExtentsQuery asks what a copy of a device has to read.
 type ExtentsQuery struct {
-	Since      string // number of the last snapshot that was copied, or "all"
+	Since      Since  // number of the last snapshot that was copied, or "all"
 	At         string // snapshot to copy; empty: the live device
 	Generation string // what generation the caller knows; empty: any
 }

@@ -47,7 +47,7 @@ func TestAPI(t *testing.T) {
 	if _, err := c.TakeSnapshot(ctx, "second", []string{"vdb"}); err != nil {
 		t.Fatal(err)
 	}
-	since := fmt.Sprint(first.Images[1].CBT.Number)
+	since := Since(fmt.Sprint(first.Images[1].CBT.Number))
 	extents, err := collect(c.Extents(ctx, "vdb", ExtentsQuery{Since: since, At: "second"}))
 	if diff := cmp.Diff([]Extent{{4096, 8192, "data"}}, extents); diff != "" || err != nil {
 		t.Errorf("extents since the first snapshot: %v, -want +got:\n%s", err, diff)
@@ -73,7 +73,7 @@ func TestAPI(t *testing.T) {
 	if err := c.Mark(ctx, "vdb", []Range{{0, 1}, {1 << 20, 4096}}); err != nil {
 		t.Fatal(err)
 	}
-	extents, err = collect(c.Extents(ctx, "vdb", ExtentsQuery{Since: fmt.Sprint(vdb.CBT.Number)}))
+	extents, err = collect(c.Extents(ctx, "vdb", ExtentsQuery{Since: Since(fmt.Sprint(vdb.CBT.Number))}))
 	if diff := cmp.Diff([]Extent{{0, 4096, "zero"}, {1 << 20, 4096, "zero"}}, extents); diff != "" || err != nil {
 		t.Errorf("extents marked by hand: %v, -want +got:\n%s", err, diff)
 	}
@@ -87,7 +87,7 @@ func TestAPI(t *testing.T) {
 	if changes.Generation == vdb.CBT.Generation || changes.Base <= vdb.CBT.Number {
 		t.Errorf("changes after a reset of %+v\n got %+v\nwant a new generation that begins above the last number", vdb.CBT, changes)
 	}
-	if _, err := collect(c.Extents(ctx, "vdb", ExtentsQuery{Since: fmt.Sprint(vdb.CBT.Number)})); !errors.Is(err, ErrFullRead) {
+	if _, err := collect(c.Extents(ctx, "vdb", ExtentsQuery{Since: Since(fmt.Sprint(vdb.CBT.Number))})); !errors.Is(err, ErrFullRead) {
 		t.Errorf("extents since a number of the generation before\n got %v\nwant %v", err, ErrFullRead)
 	}
 
@@ -156,7 +156,7 @@ func TestAPIErrors(t *testing.T) {
 		{"extents at an unknown snapshot", extents(ExtentsQuery{Since: "all", At: "nope"}), syscall.ENOENT, 1, `there is no snapshot "nope"`},
 		{"since before the base", extents(ExtentsQuery{Since: "1"}), ErrFullRead, 3,
 			fmt.Sprintf("changes of vda since 1 are not known, only since %d to %d: a full read is due", vda.CBT.Base, vda.CBT.Number)},
-		{"since what is still to come", extents(ExtentsQuery{Since: fmt.Sprint(vda.CBT.Number + 1)}), ErrFullRead, 3,
+		{"since what is still to come", extents(ExtentsQuery{Since: Since(fmt.Sprint(vda.CBT.Number + 1))}), ErrFullRead, 3,
 			fmt.Sprintf("changes of vda since %d are not known, only since %d to %d: a full read is due", vda.CBT.Number+1, vda.CBT.Base, vda.CBT.Number)},
 		{"another generation", extents(ExtentsQuery{Since: "all", Generation: "other"}), ErrFullRead, 3,
 			"device vda is in generation " + vda.CBT.Generation + ", not other: a full read is due"},

@@ -11,6 +11,25 @@ import (
 	"blksnap/cow"
 )
 
+// Since says since when: the number of a snapshot, or all.
+type Since string
+
+// sinceAll asks for everything that is allocated.
+const sinceAll Since = "all"
+
+// UnmarshalText reads what a Since can be.
+func (s *Since) UnmarshalText(text []byte) error {
+	*s = Since(text)
+	if _, ok := parseNumber(string(text)); !ok && *s != sinceAll {
+		return s.refuse()
+	}
+	return nil
+}
+
+func (s Since) refuse() error {
+	return refuse(syscall.EINVAL, "since %q is neither a snapshot's number nor all", clip(string(s)))
+}
+
 // changesInfo describes a device's change tracking as of now.
 func (d *Daemon) changesInfo(device string) (ChangesInfo, error) {
 	dev, err := d.device(device)
@@ -30,12 +49,12 @@ func (d *Daemon) extents(device string, q ExtentsQuery) (iter.Seq2[Extent, error
 	if q.Generation != "" && q.Generation != c.Generation() {
 		return nil, fmt.Errorf("device %s is in generation %s, not %s: %w", device, c.Generation(), clip(q.Generation), ErrFullRead)
 	}
-	if q.Since == "all" {
+	if q.Since == sinceAll {
 		return asExtents(c.All()), nil
 	}
-	num, ok := parseNumber(q.Since)
+	num, ok := parseNumber(string(q.Since))
 	if !ok {
-		return nil, refuse(syscall.EINVAL, "since %q is neither a snapshot's number nor all", clip(q.Since))
+		return nil, q.Since.refuse()
 	}
 	runs, ok := c.Since(num)
 	if !ok {

@@ -69,7 +69,7 @@ func (c *Client) Changes(ctx context.Context, device string) (v ChangesInfo, err
 // The error is one for which ErrFullRead holds where the changes are not
 // known.
 func (c *Client) Extents(ctx context.Context, device string, q ExtentsQuery) iter.Seq2[Extent, error] {
-	v := url.Values{"since": {q.Since}}
+	v := url.Values{"since": {string(q.Since)}}
 	if q.At != "" {
 		v.Set("at", q.At)
 	}

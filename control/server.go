@@ -129,7 +129,7 @@ func stream[T any](w http.ResponseWriter, values iter.Seq2[T, error], flush bool
 // serveExtents streams what a copy of a device has to read.
 func (d *Daemon) serveExtents(w http.ResponseWriter, r *http.Request) {
 	q := r.URL.Query()
-	extents, err := d.extents(r.PathValue("name"), ExtentsQuery{q.Get("since"), q.Get("at"), q.Get("generation")})
+	extents, err := d.extents(r.PathValue("name"), ExtentsQuery{Since(q.Get("since")), q.Get("at"), q.Get("generation")})
 	if err != nil {
 		reply(w, r, func(*http.Request) (any, error) { return nil, err })
 		return
