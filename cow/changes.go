@@ -3,14 +3,14 @@
 package cow
 
 import (
+	"cmp"
 	"fmt"
 	"iter"
-	"runtime"
+	"path/filepath"
 	"syscall"
 	"time"
 
 	"github.com/google/uuid"
-	"golang.org/x/sys/unix"
 
 	"blksnap/cbt"
 )
@@ -113,20 +113,29 @@ func (d *Device) Reset(why string) error {
 // newGeneration is Reset for those who have emptied the gate.
 func (d *Device) newGeneration(why string) {
 	d.changes.Reset(uuid.New())
+	d.noteGeneration(why)
+}
+
+func (d *Device) noteGeneration(why string) {
 	d.cfg.Log.Warn("new generation of the change map: the next backup must be a full one", "reason", why)
 	d.event(EventGeneration, "", why)
 }
 
-// newChanges makes the map of a new device. Its memory goes when nobody can look
-// at it any more: who asked for the Changes of a device may keep them for longer
-// than the device lives.
-func newChanges(size int64, c Config) (*cbt.Map, error) {
-	mem, err := newMemory(changesReserve(size, c.TrackingBlock))
+// newChanges makes an empty map. Its memory goes when nobody can look at it any
+// more: who asked for the Changes of a device may keep them for longer than the
+// device lives.
+func (d *Device) newChanges() (*cbt.Map, error) {
+	block := cmp.Or(d.cfg.TrackingBlock, cbt.DefaultBlock)
+	path := ""
+	if d.dir != "" {
+		path = filepath.Join(d.dir, "changes")
+	}
+	mem, err := openMemory(path, changesReserve(d.Size(), block))
 	if err != nil {
 		return nil, err
 	}
-	runtime.AddCleanup(mem, func(b []byte) { unix.Munmap(b) }, mem.reserved)
-	return cbt.New(mem, size, c.TrackingBlock, uuid.New(), c.Number)
+	mem.closeWhenUnused()
+	return cbt.New(mem, d.Size(), block, uuid.New(), d.cfg.Number)
 }
 
 // changesReserve is the address space for a change map and the frozen ones that

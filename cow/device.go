@@ -3,6 +3,7 @@
 package cow
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -41,11 +42,12 @@ type Config struct {
 	Name string
 
 	// TrackingBlock is the unit of the change map in bytes, a power of two
-	// from 4 KiB to 16 MiB (default 64 KiB).
+	// from 4 KiB to 16 MiB (default 64 KiB, or what it was).
 	TrackingBlock int64
 
-	// Number is the last snapshot number that was ever used for this device;
-	// the new generation begins with it.
+	// Number is the last snapshot number that was ever used for this device,
+	// where the device's own state does not know a higher one. A new generation
+	// begins with it.
 	Number uint64
 
 	// StoreWait is how long a write waits for space in a full snapstore before
@@ -87,6 +89,7 @@ const stripes = 256
 // at once, also for ranges that overlap; they lie within Size.
 type Device struct {
 	name    string
+	dir     string // where its state is, empty where it has none
 	origin  *Origin
 	file    originFile
 	pool    *store.Pool
@@ -115,7 +118,8 @@ type Device struct {
 
 	// taking serializes taking snapshots of the device. Held until the writes
 	// in flight have ended.
-	taking sync.Mutex
+	taking    sync.Mutex
+	nextLayer uint64 // number of the next layer; protected by taking
 
 	// chunkLocks serialize the preserving of a chunk; chunk c's is number
 	// c % stripes, several are taken in ascending order. Held across I/O.
@@ -136,27 +140,30 @@ type Device struct {
 
 var serials atomic.Uint64
 
-// Open puts an origin under tracking, with a new generation of the change map
-// that begins after c.Number. The origin belongs to the device from then on, also
-// where Open fails.
-func Open(o *Origin, pool *store.Pool, c Config) (*Device, error) {
-	if c.PreserveLimit == 0 {
-		c.PreserveLimit = 10 * time.Second
-	}
-	if c.TrackingBlock == 0 {
-		c.TrackingBlock = cbt.DefaultBlock
-	}
-	if c.Log == nil {
-		c.Log = slog.New(slog.DiscardHandler)
-	}
-	c.Log = c.Log.With("device", c.Name)
-	m, err := newChanges(o.size, c)
+// Open puts an origin under tracking. Where a predecessor left the device's state
+// in the run directory, its snapshots are open again and its change map goes on;
+// else, and where that state cannot be used, a new generation begins after
+// c.Number, and the event says why. The origin belongs to the device from then on,
+// also where Open fails.
+func (c *Catalogue) Open(o *Origin, pool *store.Pool, cfg Config) (*Device, error) {
+	d, err := c.open(o, pool, cfg)
 	if err != nil {
 		o.Close()
-		return nil, fmt.Errorf("track %s: %w", c.Name, err)
+		return nil, fmt.Errorf("track %s: %w", cfg.Name, err)
 	}
+	d.running.Add(1)
+	go d.reclaim()
+	return d, nil
+}
+
+func (c *Catalogue) open(o *Origin, pool *store.Pool, cfg Config) (*Device, error) {
+	cfg.PreserveLimit = cmp.Or(cfg.PreserveLimit, 10*time.Second)
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	cfg.Log = cfg.Log.With("device", cfg.Name)
 	d := &Device{
-		name: c.Name, origin: o, file: o.file, pool: pool, cfg: c, changes: m,
+		name: cfg.Name, dir: c.deviceDir(cfg.Name), origin: o, file: o.file, pool: pool, cfg: cfg,
 		serial:  serials.Add(1),
 		writers: newGate(),
 		readers: newGate(),
@@ -166,14 +173,47 @@ func Open(o *Origin, pool *store.Pool, c Config) (*Device, error) {
 	d.flusher = newFlusher(d.file.sync)
 	d.copier = newCopier(pool)
 	d.settled = sync.NewCond(&d.mu)
-	d.running.Add(1)
-	go d.reclaim()
+	why := errBlank
+	if d.dir != "" {
+		if err := os.MkdirAll(d.dir, 0o700); err != nil {
+			return nil, err
+		}
+		why = d.recoverState(c)
+	}
+	if why == nil {
+		return d, nil
+	}
+	if err := d.begin(); err != nil {
+		return nil, err
+	}
+	reason := "the device is new"
+	if !errors.Is(why, errBlank) {
+		reason = why.Error()
+	}
+	d.noteGeneration(reason)
 	return d, nil
 }
 
-// Close stops the device: new requests are answered with ErrStopping, its images
-// end as if destroyed. It waits for the requests in flight and gives the origin's
-// locks back. Content that was not flushed is left to the host's page cache.
+// begin starts without any state.
+func (d *Device) begin() error {
+	d.layers, d.images, d.nextLayer = nil, nil, 0
+	if d.dir != "" {
+		if err := os.RemoveAll(d.dir); err != nil {
+			return err
+		}
+		if err := os.MkdirAll(d.dir, 0o700); err != nil {
+			return err
+		}
+	}
+	var err error
+	d.changes, err = d.newChanges()
+	return err
+}
+
+// Close stops the device: new requests to it and its images are answered with
+// ErrStopping. It waits for the requests in flight and gives the origin's locks
+// back. What was not flushed is left to the host's page cache, and all state where
+// it is, for the next Open.
 func (d *Device) Close() error {
 	d.taking.Lock()
 	defer d.taking.Unlock()
@@ -187,7 +227,7 @@ func (d *Device) Close() error {
 	d.mu.Unlock()
 	close(d.stop)
 	for _, i := range images {
-		i.end(&fault{err: ErrStopping, state: "failed: device is stopping"})
+		i.end(stopping)
 	}
 	d.running.Wait()
 	err := d.closeTables()
@@ -198,6 +238,15 @@ func (d *Device) Close() error {
 		return fmt.Errorf("close %s: %w", d.name, err)
 	}
 	return nil
+}
+
+// Remove is Close for a device that will not come back: its state goes, too.
+func (d *Device) Remove() error {
+	err := d.Close()
+	if d.dir != "" {
+		err = errors.Join(err, os.RemoveAll(d.dir))
+	}
+	return err
 }
 
 // Name is the device's name.

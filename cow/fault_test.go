@@ -3,8 +3,10 @@
 package cow
 
 import (
+	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -163,6 +165,7 @@ func (p *part) WriteAt(b []byte, off int64) (int, error) {
 // checked and everything is closed.
 type rig struct {
 	t      *testing.T
+	cat    *Catalogue
 	pool   *store.Pool
 	parts  []*part
 	disks  []*disk
@@ -185,7 +188,7 @@ func newRig(t *testing.T, n int, size, limit int64) *rig {
 
 // newEmptyRig has no part and no device yet.
 func newEmptyRig(t *testing.T) *rig {
-	r := &rig{t: t, pool: store.NewPool()}
+	r := &rig{t: t, cat: newCatalogue(t, ""), pool: store.NewPool()}
 	t.Cleanup(r.close)
 	return r
 }
@@ -218,7 +221,7 @@ func (r *rig) addDevice(name string, size int64, c Config) *Device {
 		r.events = append(r.events, e)
 		r.mu.Unlock()
 	}
-	d, err := Open(&Origin{path: "/" + name, size: size, file: k}, r.pool, c)
+	d, err := r.cat.Open(&Origin{path: "/" + name, size: size, file: k}, r.pool, c)
 	if err != nil {
 		r.t.Fatal(err)
 	}
@@ -231,16 +234,35 @@ func (r *rig) close() {
 		r.t.Errorf("the books are wrong at the end of the test: %v", err)
 	}
 	for _, d := range r.devs {
+		d.mu.Lock()
+		images := slices.Clone(d.images)
+		d.mu.Unlock()
+		for _, i := range images {
+			if err := i.snapshot.Destroy(true); err != nil && !errors.Is(err, ErrDestroyed) {
+				r.t.Errorf("destroy: %v", err)
+			}
+		}
+	}
+	if _, used, _ := r.pool.Space(); used != r.stuck {
+		r.t.Errorf("%d bytes of the snapstore are in use after all snapshots were destroyed, want %d", used, r.stuck)
+	}
+	for _, d := range r.devs {
 		if err := d.Close(); err != nil {
 			r.t.Errorf("close: %v", err)
 		}
 	}
-	if _, used, _ := r.pool.Space(); used != r.stuck {
-		r.t.Errorf("%d bytes of the snapstore are in use after all devices closed, want %d", used, r.stuck)
-	}
-	if err := r.pool.Close(); err != nil {
+	if err := errors.Join(r.pool.Close(), r.cat.Close()); err != nil {
 		r.t.Errorf("close: %v", err)
 	}
+}
+
+func newCatalogue(t *testing.T, dir string) *Catalogue {
+	t.Helper()
+	c, why, err := OpenCatalogue(dir)
+	if err = errors.Join(why, err); err != nil {
+		t.Fatal(err)
+	}
+	return c
 }
 
 func (r *rig) take(name string, devs ...*Device) *Snapshot {
@@ -248,7 +270,7 @@ func (r *rig) take(name string, devs ...*Device) *Snapshot {
 	if devs == nil {
 		devs = r.devs
 	}
-	s, err := Take(name, devs, time.Minute)
+	s, err := r.cat.Take(name, devs, TakeOptions{Limit: time.Minute})
 	if err != nil {
 		r.t.Fatal(err)
 	}

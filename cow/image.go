@@ -5,6 +5,7 @@ package cow
 import (
 	"fmt"
 	"io"
+	"strings"
 	"sync/atomic"
 	"syscall"
 
@@ -136,20 +137,30 @@ func (i *Image) Cache(off, n int64) error {
 
 // end takes the image's health away and says whether it had any. From then on
 // its requests fail, writers preserve nothing for it, and what only it needed
-// goes back to the snapstore.
+// goes back to the snapstore. When end returns, whoever took the health away, that
+// it is gone is noted where a killed process leaves it.
 func (i *Image) end(f *fault) bool {
-	if !i.fault.CompareAndSwap(nil, f) {
+	i.device.mu.Lock()
+	defer i.device.mu.Unlock()
+	if i.fault.Load() != nil {
 		return false
 	}
-	i.device.retireImage(i)
+	i.noteFaultLocked(f)
+	i.device.retireImageLocked(i)
 	return true
+}
+
+func (i *Image) noteFaultLocked(f *fault) {
+	if f.kind != faultNone {
+		i.layer.setFault(f.kind, strings.TrimPrefix(f.state, "failed: "))
+	}
+	i.fault.Store(f)
 }
 
 // destroy ends the image, also if it was lost before.
 func (i *Image) destroy() {
-	f := &fault{err: ErrDestroyed, state: "failed: destroyed"}
-	if !i.end(f) {
-		i.fault.Store(f)
+	if !i.end(destroyed) {
+		i.fault.Store(destroyed)
 	}
 	close(i.gone)
 	i.frozen.Release()

@@ -36,7 +36,7 @@ func TestInstant(t *testing.T) {
 	for k := range snapshots {
 		// In any order of naming, one instant.
 		devs := []*Device{r.devs[k%devices], r.devs[(k+1)%devices], r.devs[(k+2)%devices]}
-		s, err := Take(fmt.Sprint(k), devs, time.Minute)
+		s, err := r.cat.Take(fmt.Sprint(k), devs, TakeOptions{Limit: time.Minute})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -69,7 +69,7 @@ func TestTakesThatCross(t *testing.T) {
 		takers.Go(func() {
 			for k := range 25 {
 				devs := []*Device{r.devs[(w+1)%3], r.devs[w%3]}
-				s, err := Take(fmt.Sprintf("%d.%d", w, k), devs, time.Minute)
+				s, err := r.cat.Take(fmt.Sprintf("%d.%d", w, k), devs, TakeOptions{Limit: time.Minute})
 				if err == nil {
 					err = s.Destroy(false)
 				}
@@ -85,17 +85,17 @@ func TestTakesThatCross(t *testing.T) {
 
 func TestTakeRefuses(t *testing.T) {
 	r := newRig(t, 1, 1<<20, 1<<20)
-	if _, err := Take("s", nil, 0); err == nil {
+	if _, err := r.cat.Take("s", nil, TakeOptions{}); err == nil {
 		t.Error("a snapshot of no device was taken")
 	}
-	if _, err := Take("s", []*Device{r.devs[0], r.devs[0]}, 0); err == nil {
+	if _, err := r.cat.Take("s", []*Device{r.devs[0], r.devs[0]}, TakeOptions{}); err == nil {
 		t.Error("a snapshot of the same device twice was taken")
 	}
 	d := r.addDevice("closed", 1<<20, Config{})
 	if err := d.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Take("s", r.devs, 0); err == nil {
+	if _, err := r.cat.Take("s", r.devs, TakeOptions{}); err == nil {
 		t.Error("a snapshot of a closed device was taken")
 	}
 	if err := d.Write([]byte{1}, 0, false); err == nil {

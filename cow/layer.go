@@ -2,12 +2,20 @@
 
 package cow
 
-import "sync/atomic"
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"sync/atomic"
+)
 
 // layer holds what was preserved from the instant of one snapshot to that of
 // the next. Only a device's newest layer, the head, gains words.
 type layer struct {
-	table *table
+	number uint64 // ascending in a device
+	table  *table // its memory begins with the layer's header
 
 	// newer is the next layer, nil for the head.
 	newer atomic.Pointer[layer]
@@ -15,6 +23,102 @@ type layer struct {
 	// image is the image whose instant the layer begins with, nil once it was
 	// destroyed or is broken. Protected by Device.mu.
 	image *Image
+}
+
+// layerPath is where a device keeps the layer of a number; empty where it keeps
+// nothing.
+func layerPath(dir string, number uint64) string {
+	if dir == "" {
+		return ""
+	}
+	return filepath.Join(dir, fmt.Sprintf(layerName, number))
+}
+
+const layerName = "layer-%d"
+
+// newLayer makes an empty layer for a device whose state is in dir.
+func newLayer(dir string, h layerHeader) (*layer, error) {
+	t, err := openTable(layerPath(dir, h.number), chunks(h.size))
+	if err != nil {
+		return nil, err
+	}
+	h.encode(t.header())
+	return &layer{number: h.number, table: t}, nil
+}
+
+// openLayer opens a layer that a predecessor left.
+func openLayer(dir string, number uint64) (*layer, error) {
+	path := layerPath(dir, number)
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	var b [tableHeader]byte
+	if _, err := f.ReadAt(b[:], 0); errors.Is(err, io.EOF) {
+		return nil, errBlank
+	} else if err != nil {
+		return nil, err
+	}
+	h, err := decodeLayerHeader(b[:])
+	if err != nil {
+		return nil, err
+	}
+	if h.number != number || h.size <= 0 {
+		return nil, fmt.Errorf("%w: layer %d of %d bytes", ErrDamaged, h.number, h.size)
+	}
+	t, err := openTable(path, chunks(h.size))
+	if err != nil {
+		return nil, err
+	}
+	if err := t.verify(); err != nil {
+		t.close()
+		return nil, err
+	}
+	return &layer{number: number, table: t}, nil
+}
+
+// snapshot is the id of the snapshot whose instant the layer begins with.
+func (l *layer) snapshot() uint64 {
+	h, _ := decodeLayerHeader(l.table.header())
+	return h.snapshot
+}
+
+// setCBT notes the image's number, which is known only at the instant.
+func (l *layer) setCBT(number uint64) { wordAt(l.table.header(), layerCBT).Store(number) }
+
+func (l *layer) cbt() uint64 { return wordAt(l.table.header(), layerCBT).Load() }
+
+// commit notes that the layer's snapshot was live.
+func (l *layer) commit() { wordAt(l.table.header(), layerCommitted).Store(1) }
+
+func (l *layer) committed() bool { return wordAt(l.table.header(), layerCommitted).Load() == 1 }
+
+// setFault notes why the layer's image has no health any more. One caller at a
+// time.
+func (l *layer) setFault(kind uint64, reason string) {
+	b := l.table.header()
+	n := copy(b[layerReason+8:layerReason+8+layerReasonBytes], reason)
+	wordAt(b, layerReason).Store(uint64(n))
+	wordAt(b, layerFault).Store(kind)
+}
+
+// fault is what setFault noted.
+func (l *layer) fault() (kind uint64, reason string) {
+	b := l.table.header()
+	n := min(wordAt(b, layerReason).Load(), layerReasonBytes)
+	return wordAt(b, layerFault).Load(), string(b[layerReason+8:][:n])
+}
+
+// forget makes the layer's file one that no start takes for a layer. It comes
+// before any of its slots is given out again: else a start would find a slot in
+// two layers and give it to the wrong one.
+func (l *layer) forget() error {
+	wordAt(l.table.header(), 0).Store(0)
+	if l.table.path == "" {
+		return nil
+	}
+	return os.Remove(l.table.path)
 }
 
 // shield is what a writer looks at to see whether a block still has to be

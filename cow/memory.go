@@ -1,28 +1,38 @@
-// Memory that grows without moving: tables and change maps live in it.
+// Memory that grows without moving: tables, change maps and the catalogue live in
+// it.
 
 package cow
 
 import (
+	"errors"
 	"fmt"
+	"io"
+	"os"
+	"runtime"
 	"sync/atomic"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
 
-// memory is a run of zeroed bytes that only grows and never moves, so that it
-// can be read without a lock while it grows. Address space is reserved for all
-// of it at once, which costs nothing; bytes are allocated as it grows, by system
-// calls and before they are touched: when there is no memory, grow says so,
-// instead of the process being killed at some later store.
+// memory is a run of bytes, zero when new, that only grows and never moves, so
+// that it can be read without a lock while it grows. Address space is reserved for
+// all of it at once, which costs nothing; bytes are allocated as it grows, by
+// system calls and before they are touched: when there is no memory or no space,
+// Grow says so, instead of the process being killed at some later store.
+//
+// Over a file it is the file's content, for every process that maps it: what was
+// stored is there when the process is killed at the next instruction.
 type memory struct {
 	reserved []byte
 	n        atomic.Int64 // allocated bytes
+	file     *os.File     // nil: anonymous
 }
 
 // memoryStep is the unit in which memory grows.
 const memoryStep = 64 << 10
 
-// newMemory reserves address space for at least max bytes.
+// newMemory reserves address space for at least max bytes of anonymous memory.
 func newMemory(max int64) (*memory, error) {
 	max = roundUp(max, memoryStep)
 	b, err := unix.Mmap(-1, 0, int(max), unix.PROT_NONE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE)
@@ -30,6 +40,43 @@ func newMemory(max int64) (*memory, error) {
 		return nil, fmt.Errorf("reserve %d bytes of address space: %w", max, err)
 	}
 	return &memory{reserved: b}, nil
+}
+
+// mapFile maps the file at path, which it creates if it does not exist, with
+// address space for at least max bytes.
+func mapFile(path string, max int64) (*memory, error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	size, err := f.Seek(0, io.SeekEnd)
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	// What a killed process had allocated and not yet mapped counts, too.
+	size = roundUp(size, memoryStep)
+	m, err := newMemory(max + size)
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	m.file = f
+	if size > 0 {
+		if err := m.Grow(size); err != nil {
+			m.Close()
+			return nil, err
+		}
+	}
+	return m, nil
+}
+
+// openMemory is mapFile, or newMemory where path is empty.
+func openMemory(path string, max int64) (*memory, error) {
+	if path == "" {
+		return newMemory(max)
+	}
+	return mapFile(path, max)
 }
 
 // Bytes is all that was reserved; only the first Len bytes may be touched.
@@ -45,27 +92,79 @@ func (m *memory) Grow(n int64) error {
 	if to > int64(len(m.reserved)) {
 		return fmt.Errorf("grow tables to %d bytes: %w", to, unix.ENOSPC)
 	}
-	b := m.reserved[from:to]
-	if err := unix.Mprotect(b, unix.PROT_READ|unix.PROT_WRITE); err != nil {
+	if err := m.back(from, to); err != nil {
 		return fmt.Errorf("grow tables to %d bytes: %w", to, err)
 	}
 	// Older kernels do not know the advice; the first touch allocates then.
-	if err := unix.Madvise(b, unix.MADV_POPULATE_WRITE); err != nil && err != unix.EINVAL {
+	if err := unix.Madvise(m.reserved[from:to], unix.MADV_POPULATE_WRITE); err != nil && err != unix.EINVAL {
 		return fmt.Errorf("grow tables to %d bytes: %w", to, err)
 	}
 	m.n.Store(to)
 	return nil
 }
 
-// Close gives everything back. Nothing may look at the bytes any more.
+// back puts something behind the reserved addresses [from, to).
+func (m *memory) back(from, to int64) error {
+	if m.file == nil {
+		return unix.Mprotect(m.reserved[from:to], unix.PROT_READ|unix.PROT_WRITE)
+	}
+	// A hole in the file would be filled at the first touch, or kill us then.
+	if err := unix.Fallocate(int(m.file.Fd()), 0, from, to-from); err != nil {
+		if !errors.Is(err, unix.EOPNOTSUPP) {
+			return err
+		}
+		if err := fillFile(m.file, from, to); err != nil {
+			return err
+		}
+	}
+	// (unix.Mmap would choose the address.)
+	_, err := unix.MmapPtr(int(m.file.Fd()), from, unsafe.Pointer(&m.reserved[from]), uintptr(to-from),
+		unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_FIXED)
+	return err
+}
+
+// fillFile is fallocate for file systems without it: what was never written is
+// written.
+func fillFile(f *os.File, from, to int64) error {
+	size, err := f.Seek(0, io.SeekEnd)
+	if err != nil {
+		return err
+	}
+	for from = max(from, size); from < to; {
+		n, err := f.WriteAt(zeroes[:min(to-from, int64(len(zeroes)))], from)
+		if err != nil {
+			return err
+		}
+		from += int64(n)
+	}
+	return nil
+}
+
+// Close gives address space and anonymous memory back; a file stays. Nothing may
+// look at the bytes any more.
 func (m *memory) Close() error {
-	b := m.reserved
-	m.reserved = nil
+	b, f := m.reserved, m.file
+	m.reserved, m.file = nil, nil
 	m.n.Store(0)
 	if b == nil {
 		return nil
 	}
-	return unix.Munmap(b)
+	err := unix.Munmap(b)
+	if f != nil {
+		err = errors.Join(err, f.Close())
+	}
+	return err
+}
+
+// closeWhenUnused is Close as soon as m is unreachable.
+func (m *memory) closeWhenUnused() {
+	f := m.file
+	runtime.AddCleanup(m, func(b []byte) {
+		unix.Munmap(b)
+		if f != nil {
+			f.Close()
+		}
+	}, m.reserved)
 }
 
 // roundUp is n or the next multiple of unit, a power of two.

@@ -214,7 +214,7 @@ func (m *model) churn(t *testing.T, round int, r *rand.Rand) {
 		for i := range m.regionL {
 			m.regionL[i].Lock()
 		}
-		s, err := Take(fmt.Sprintf("s%d.%d", round, k), m.rig.devs, time.Minute)
+		s, err := m.rig.cat.Take(fmt.Sprintf("s%d.%d", round, k), m.rig.devs, TakeOptions{Limit: time.Minute})
 		if err == nil {
 			ms := &modelSnap{s: s}
 			for _, live := range m.live {

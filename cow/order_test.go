@@ -106,7 +106,7 @@ func TestTakeWaitsForWrite(t *testing.T) {
 	<-entered
 
 	var s *Snapshot
-	take := begin(func() (err error) { s, err = Take("s", r.devs, time.Minute); return err })
+	take := begin(func() (err error) { s, err = r.cat.Take("s", r.devs, TakeOptions{Limit: time.Minute}); return err })
 	stillWaits(t, take, "the snapshot")
 	// A write that comes after the gate was shut is not in the snapshot.
 	late := begin(func() error { return r.devs[1].Write([]byte{9}, 0, false) })
@@ -127,7 +127,7 @@ func TestTakeGivesUpOnHangingOrigin(t *testing.T) {
 	entered, release := stop(r.disks[1].hook, "write", 0)
 	write := begin(func() error { return r.devs[1].Write([]byte{1}, 0, false) })
 	<-entered
-	_, err := Take("s", r.devs, 20*time.Millisecond)
+	_, err := r.cat.Take("s", r.devs, TakeOptions{Limit: 20 * time.Millisecond})
 	if !errors.Is(err, syscall.ETIMEDOUT) || !strings.Contains(err.Error(), "d1") {
 		t.Errorf("take: got %v, want ETIMEDOUT and the name of the device that hangs", err)
 	}

@@ -12,16 +12,19 @@ import (
 
 // fault is why an image has no health any more. It never changes.
 type fault struct {
+	kind  uint64 // one of the fault constants; faultNone: it ends with the process
 	err   error  // what requests are answered with; matches one of the Err values
 	state string // what the image's state says
 }
 
-func overflowed() *fault {
-	return &fault{err: ErrOverflowed, state: "overflowed"}
-}
+var (
+	overflowed = &fault{faultOverflowed, ErrOverflowed, "overflowed"}
+	destroyed  = &fault{faultDestroyed, ErrDestroyed, "failed: destroyed"}
+	stopping   = &fault{faultNone, ErrStopping, "failed: device is stopping"}
+)
 
-func failed(err error) *fault {
-	return &fault{err: fmt.Errorf("%w: %w", ErrFailed, err), state: "failed: " + err.Error()}
+func failed(reason string) *fault {
+	return &fault{faultFailed, fmt.Errorf("%w: %s", ErrFailed, reason), "failed: " + reason}
 }
 
 // lose breaks exactly the images that needed the blocks mask of chunk c, which
@@ -29,9 +32,9 @@ func failed(err error) *fault {
 // holds a block, for the block where that layer is the oldest. The caller holds
 // the chunk's lock, and changes the origin only afterwards.
 func (d *Device) lose(c chunkNo, mask uint16, err error) {
-	f := failed(err)
+	f := failed(err.Error())
 	if errors.Is(err, store.ErrFull) || errors.Is(err, syscall.ENOSPC) {
-		f = overflowed()
+		f = overflowed
 	}
 	d.mu.Lock()
 	keep := len(d.layers) // images of layers[keep:] break
@@ -60,7 +63,7 @@ func (d *Device) breakImage(i *Image, f *fault, err error) {
 		return
 	}
 	kind := EventSnapshotFailed
-	if f.err == ErrOverflowed {
+	if f == overflowed {
 		kind = EventSnapshotOverflowed
 	}
 	d.cfg.Log.Error("snapshot lost", "snapshot", i.snapshot.name, "err", err)

@@ -136,7 +136,7 @@ func (i *Image) readRun(p []byte, off, b, end int64, pl place) error {
 	s, block := store.Slot(pl/blocksPerChunk), int64(pl%blocksPerChunk)
 	if err := i.device.pool.ReadAt(s, part, block<<blockShift+from-b<<blockShift); err != nil {
 		err = fmt.Errorf("read snapstore: %w", err)
-		i.device.breakImage(i, failed(err), err)
+		i.device.breakImage(i, failed(err.Error()), err)
 		return i.Err()
 	}
 	return nil

@@ -33,20 +33,18 @@ const settleLimit = 2 * time.Second
 
 // scrap is what a round has found to be useless.
 type scrap struct {
-	tables []*table // with all their words
-	empty  []*table // without words
+	layers []*layer // with all their words
+	empty  []*layer // without words
 	words  []word   // whole slots
 	shrunk []word   // single blocks of slots that stay
 }
 
 func (s *scrap) none() bool {
-	return len(s.tables)+len(s.empty)+len(s.words)+len(s.shrunk) == 0
+	return len(s.layers)+len(s.empty)+len(s.words)+len(s.shrunk) == 0
 }
 
-// retireImage takes an image that has ended from its device.
-func (d *Device) retireImage(i *Image) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
+// retireImageLocked takes an image that has ended from its device.
+func (d *Device) retireImageLocked(i *Image) {
 	d.images = slices.DeleteFunc(d.images, func(j *Image) bool { return j == i })
 	i.layer.image = nil
 	d.reshieldLocked()
@@ -143,9 +141,7 @@ func (d *Device) reclaimRound() bool {
 
 	// Layers only join at the end meanwhile, and no image comes to an old one.
 	d.mu.Lock()
-	for _, l := range d.layers[:useless] {
-		s.tables = append(s.tables, l.table)
-	}
+	s.layers = append(s.layers, d.layers[:useless]...)
 	d.layers = slices.Delete(d.layers, 0, useless)
 	d.mu.Unlock()
 
@@ -184,14 +180,15 @@ func (d *Device) giveUp(s *scrap) bool {
 // free gives scrap back.
 func (d *Device) free(s *scrap) error {
 	var errs []error
-	for _, t := range s.tables {
-		for _, w := range t.from(0) {
+	for _, l := range s.layers {
+		errs = append(errs, l.forget())
+		for _, w := range l.table.from(0) {
 			d.freeSlot(w)
 		}
-		errs = append(errs, t.close())
+		errs = append(errs, l.table.close())
 	}
-	for _, t := range s.empty {
-		errs = append(errs, t.close())
+	for _, l := range s.empty {
+		errs = append(errs, l.forget(), l.table.close())
 	}
 	for _, w := range s.words {
 		d.freeSlot(w)
@@ -229,22 +226,22 @@ func (d *Device) markStuck(s store.Slot) {
 	d.stuck[s] = true
 }
 
-// closeTables gives everything back when the device closes: the reclaimer has
-// ended, and requests are answered with ErrStopping. It waits for those that are
-// inside, because they are looking at the tables.
+// closeTables unmaps all tables when the device closes: the reclaimer has ended,
+// and requests are answered with ErrStopping. It waits for those that are inside,
+// because they are looking at the tables.
 func (d *Device) closeTables() error {
 	d.writers.shut() // for ever
 	d.writers.turn(nil)
 	d.readers.turn(nil)
 	d.mu.Lock()
-	s := d.scrap
-	s.words = append(s.words, d.retired...)
-	for _, l := range d.layers {
-		s.tables = append(s.tables, l.table)
-	}
-	d.scrap, d.retired, d.layers = scrap{}, nil, nil
+	layers := slices.Concat(d.layers, d.scrap.layers, d.scrap.empty)
+	d.layers, d.scrap = nil, scrap{}
 	d.mu.Unlock()
-	return d.free(&s)
+	var errs []error
+	for _, l := range layers {
+		errs = append(errs, l.table.close())
+	}
+	return errors.Join(errs...)
 }
 
 // pruneHead takes the blocks out of a nameless head that an older layer of the

@@ -14,10 +14,13 @@ import (
 
 // Snapshot is the state of one or more devices at one instant.
 type Snapshot struct {
-	name    string
-	created time.Time
-	held    time.Duration
-	images  []*Image // by name of the device
+	catalogue *Catalogue
+	record    record
+	name      string
+	note      []byte
+	created   time.Time
+	held      time.Duration
+	images    []*Image // by name of the device
 
 	// mu protects the images' users. Never held across I/O.
 	mu        sync.Mutex
@@ -35,23 +38,37 @@ type prepared struct {
 	image  *Image
 }
 
+// TakeOptions are how a snapshot is taken. The zero value of a field is its
+// default.
+type TakeOptions struct {
+	// Limit is how long writes in flight are waited for (2 s).
+	Limit time.Duration
+
+	// Note is what the caller wants to find again with the snapshot after a
+	// restart, 404 bytes at most.
+	Note []byte
+}
+
 // Take takes a snapshot of the devices, all at one instant: a write that was
 // acknowledged before another was sent is in it if the other is. Writes that
-// arrive meanwhile wait; those in flight are waited for, at most limit (0: 2 s),
-// and where they take longer Take fails, names the device, and has changed
-// nothing. The same device twice is an error.
-func Take(name string, devices []*Device, limit time.Duration) (*Snapshot, error) {
-	if limit == 0 {
-		limit = takeLimit
+// arrive meanwhile wait; those in flight are waited for, and where they take
+// longer than the limit Take fails, names the device, and has changed nothing.
+// The same device twice is an error.
+//
+// When Take returns, the snapshot outlives the process. If the process dies
+// before, there is a snapshot of all the devices or of none.
+func (c *Catalogue) Take(name string, devices []*Device, o TakeOptions) (*Snapshot, error) {
+	if o.Limit == 0 {
+		o.Limit = takeLimit
 	}
-	s, err := take(name, devices, limit)
+	s, err := c.take(name, devices, o)
 	if err != nil {
 		return nil, fmt.Errorf("take snapshot %s: %w", name, err)
 	}
 	return s, nil
 }
 
-func take(name string, devices []*Device, limit time.Duration) (*Snapshot, error) {
+func (c *Catalogue) take(name string, devices []*Device, o TakeOptions) (*Snapshot, error) {
 	if len(devices) == 0 {
 		return nil, fmt.Errorf("no device: %w", syscall.EINVAL)
 	}
@@ -68,25 +85,37 @@ func take(name string, devices []*Device, limit time.Duration) (*Snapshot, error
 		d.taking.Lock()
 		defer d.taking.Unlock()
 	}
-	s := &Snapshot{name: name}
+	r, id, err := c.prepare(name, o.Note)
+	if err != nil {
+		return nil, err
+	}
+	s := &Snapshot{catalogue: c, record: r, name: name, note: o.Note}
 	preps := make([]*prepared, 0, len(devices))
 	for _, d := range devices {
-		p, err := d.prepare(s)
+		p, err := d.prepare(s, id)
 		if err != nil {
-			return nil, errors.Join(err, discard(preps))
+			return nil, errors.Join(err, s.discard(preps))
 		}
 		preps = append(preps, p)
 	}
-	if err := s.instant(preps, limit); err != nil {
-		return nil, errors.Join(err, discard(preps))
+	if err := s.instant(preps, o.Limit); err != nil {
+		return nil, errors.Join(err, s.discard(preps))
 	}
-	slices.SortFunc(s.images, func(a, b *Image) int { return cmp.Compare(a.device.name, b.device.name) })
+	for _, p := range preps {
+		p.layer.commit()
+		s.images = append(s.images, p.image)
+	}
+	s.sortImages()
 	return s, nil
+}
+
+func (s *Snapshot) sortImages() {
+	slices.SortFunc(s.images, func(a, b *Image) int { return cmp.Compare(a.device.name, b.device.name) })
 }
 
 // prepare makes everything that the instant needs, so that nothing is allocated
 // and nothing can fail while writes wait.
-func (d *Device) prepare(s *Snapshot) (*prepared, error) {
+func (d *Device) prepare(s *Snapshot, id uint64) (*prepared, error) {
 	select {
 	case <-d.stop:
 		return nil, fmt.Errorf("%s: %w", d.name, ErrStopping)
@@ -95,30 +124,30 @@ func (d *Device) prepare(s *Snapshot) (*prepared, error) {
 	if err := d.changes.Prepare(); err != nil {
 		return nil, fmt.Errorf("%s: %w", d.name, err)
 	}
-	t, err := newTable(chunks(d.Size()))
+	l, err := newLayer(d.dir, layerHeader{number: d.nextLayer, size: d.Size(), snapshot: id})
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", d.name, err)
 	}
-	l := &layer{table: t}
+	d.nextLayer++
 	i := &Image{device: d, snapshot: s, layer: l, gone: make(chan struct{})}
 	l.image = i
 	d.mu.Lock()
 	d.layers = slices.Grow(d.layers, 1)
 	d.images = slices.Grow(d.images, 1)
 	d.mu.Unlock()
-	s.images = append(s.images, i)
 	return &prepared{d, l, &shield{layers: []*layer{l}}, i}, nil
 }
 
 // discard undoes prepare.
-func discard(preps []*prepared) error {
+func (s *Snapshot) discard(preps []*prepared) error {
 	var errs []error
 	for _, p := range preps {
 		if p.image.frozen != nil {
 			p.image.frozen.Release()
 		}
-		errs = append(errs, p.layer.table.close())
+		errs = append(errs, p.layer.forget(), p.layer.table.close())
 	}
+	s.catalogue.release(s.record)
 	return errors.Join(errs...)
 }
 
@@ -134,6 +163,7 @@ func (s *Snapshot) instant(preps []*prepared, limit time.Duration) error {
 			p.device.writers.open()
 		}
 		s.held = time.Since(start)
+		s.record.setHeld(s.held)
 	}()
 	deadline := start.Add(limit)
 	for _, p := range preps {
@@ -147,6 +177,8 @@ func (s *Snapshot) instant(preps []*prepared, limit time.Duration) error {
 			return fmt.Errorf("%s: %w", p.device.name, err)
 		}
 	}
+	s.record.setTaken(s.created)
+	s.record.setState(stateLive) // now it is a snapshot, of all devices
 	for _, p := range preps {
 		p.commit()
 	}
@@ -159,8 +191,11 @@ func (p *prepared) freeze() (err error) {
 	if d.changes.Lost() {
 		d.newGeneration("no memory for the change map")
 	}
-	p.image.frozen, err = d.changes.Freeze()
-	return err
+	if p.image.frozen, err = d.changes.Freeze(); err != nil {
+		return err
+	}
+	p.layer.setCBT(p.image.frozen.Number())
+	return nil
 }
 
 // commit makes p's layer the head. Nobody is inside the gate.
@@ -178,6 +213,9 @@ func (p *prepared) commit() {
 
 // Name is the snapshot's name.
 func (s *Snapshot) Name() string { return s.name }
+
+// Note is TakeOptions.Note.
+func (s *Snapshot) Note() []byte { return s.note }
 
 // Created is the instant.
 func (s *Snapshot) Created() time.Time { return s.created }
@@ -231,11 +269,18 @@ func (s *Snapshot) Destroy(force bool) error {
 	}
 	s.destroyed = true
 	s.mu.Unlock()
-	for _, i := range s.images {
-		i.destroy()
-	}
+	s.end()
 	for _, i := range s.images {
 		i.device.settle(settleLimit)
 	}
 	return nil
+}
+
+// end destroys the images. From the first store on, a start would finish it.
+func (s *Snapshot) end() {
+	s.record.setState(stateDying)
+	for _, i := range s.images {
+		i.destroy()
+	}
+	s.catalogue.release(s.record)
 }

@@ -10,9 +10,9 @@
 // Layout, all numbers in the machine's byte order, offsets in units of 64 bytes:
 //
 //	offset  size  content
-//	     0    64  unused, so that no node has offset 0
-//	    64  1024  root: a node, or (devices up to 2 MiB) a leaf
-//	     …        nodes and leaves in the order in which they were first needed
+//	     0  4096  not the table's (a layer has its header there)
+//	  4096  1024  root: a node, or (devices up to 2 MiB) a leaf
+//	  5120     …  nodes and leaves in the order in which they were first needed
 //
 //	node  256 x 4 bytes: offset of the child, 0 where there is none
 //	leaf   32 x 8 bytes: words
@@ -24,6 +24,7 @@
 package cow
 
 import (
+	"fmt"
 	"iter"
 	"sync"
 	"sync/atomic"
@@ -40,8 +41,11 @@ const (
 	tableUnit = 64
 )
 
-// tableRoot is the root's offset in units.
-const tableRoot = 1
+const (
+	tableHeader = 4096
+	tableRoot   = tableHeader / tableUnit // offset of the root in units
+	tableNodes  = tableHeader + nodeBytes // offset of the first node that grow makes
+)
 
 // maxTable is how many bytes offsets reach: only a device of nearly 2 PiB that is
 // overwritten all over needs so many.
@@ -51,6 +55,7 @@ const maxTable = tableUnit << 32
 const maxGrowth = 8 * memoryStep
 
 type table struct {
+	path   string // of its file, empty where it has none
 	mem    *memory
 	levels int // of nodes above the leaves
 	end    chunkNo
@@ -60,26 +65,38 @@ type table struct {
 	used int64 // bytes handed out
 }
 
-// newTable makes an empty table for chunks [0, end).
-func newTable(end chunkNo) (*table, error) {
-	t := &table{end: end}
+// newTable makes an empty table for chunks [0, end) in anonymous memory.
+func newTable(end chunkNo) (*table, error) { return openTable("", end) }
+
+// openTable opens the table in the file at path, or makes an empty one where it
+// does not exist or path is empty.
+func openTable(path string, end chunkNo) (*table, error) {
+	t := &table{path: path, end: end}
 	leaves := int64(end+1<<leafShift-1) >> leafShift
-	size := tableUnit + leaves*leafBytes
+	size := tableNodes + leaves*leafBytes
 	for n := leaves; n > 1; t.levels++ {
 		n = (n + 1<<nodeShift - 1) >> nodeShift
 		size += n * nodeBytes
 	}
 	var err error
-	if t.mem, err = newMemory(min(size+nodeBytes, maxTable)); err != nil {
+	if t.mem, err = openMemory(path, min(size, maxTable)); err != nil {
 		return nil, err
 	}
-	if err := t.mem.Grow(memoryStep); err != nil {
-		t.mem.Close()
-		return nil, err
+	// In a table that is opened again nobody knows how much of the last step is
+	// used: what is left of it stays unused.
+	t.used = t.mem.Len()
+	if t.used == 0 {
+		if err := t.mem.Grow(memoryStep); err != nil {
+			t.mem.Close()
+			return nil, err
+		}
+		t.used = tableNodes
 	}
-	t.used = tableRoot*tableUnit + max(leafBytes, nodeBytes)
 	return t, nil
 }
+
+// header is the part of the table's memory that is not the table's.
+func (t *table) header() []byte { return t.mem.Bytes()[:tableHeader] }
 
 // load returns the word of c.
 func (t *table) load(c chunkNo) word {
@@ -114,7 +131,34 @@ func (t *table) reserve(c chunkNo, n int) error {
 // bytes is how much memory the table takes.
 func (t *table) bytes() int64 { return t.mem.Len() }
 
+// close leaves the table's file as it is.
 func (t *table) close() error { return t.mem.Close() }
+
+// verify says whether everything that the root leads to is inside the table and
+// has one place each: what find and from rely on.
+func (t *table) verify() error {
+	seen := make(map[uint32]bool)
+	var walk func(at uint32, level int) error
+	walk = func(at uint32, level int) error {
+		n := int64(nodeBytes)
+		if level == 0 {
+			n = leafBytes
+		}
+		if off := int64(at) * tableUnit; off < tableHeader || off+n > t.mem.Len() || seen[at] {
+			return fmt.Errorf("%w: node at %d", ErrDamaged, off)
+		}
+		seen[at] = true
+		for i := chunkNo(0); level > 0 && i < 1<<nodeShift; i++ {
+			if next := atomic.LoadUint32(t.child(at, i<<(leafShift+(level-1)*nodeShift), level-1)); next != 0 {
+				if err := walk(next, level-1); err != nil {
+					return err
+				}
+			}
+		}
+		return nil
+	}
+	return walk(tableRoot, t.levels)
+}
 
 // find returns the place of c's word, nil if there is none.
 func (t *table) find(c chunkNo) *uint64 {

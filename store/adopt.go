@@ -7,6 +7,9 @@ import (
 	"fmt"
 )
 
+// ErrAdopted is returned for a slot that was adopted before.
+var ErrAdopted = errors.New("it is in use already")
+
 // Adopt puts a slot in use that a predecessor of this pool used, with its
 // blocks mask. It fails for a slot that was never given out or is adopted
 // already, and after Discard. A part gives out only slots beyond those that it
@@ -34,7 +37,7 @@ func (l *ledger) adopt(i int64, mask uint16) error {
 	case i >= l.traits.Held:
 		return fmt.Errorf("its part held only %d slots", l.traits.Held)
 	case l.inUse.has(i):
-		return errors.New("it is in use already")
+		return ErrAdopted
 	case i < l.swept:
 		return errors.New("it was discarded")
 	}

@@ -1,0 +1,197 @@
+// The catalogue: which snapshots there are, in a form that a killed process leaves
+// whole.
+//
+// A snapshot's record goes through these states, each by one store:
+//
+//	free -> prepared -> live -> dying -> free
+//
+// While a record is prepared, the layers and frozen maps of its devices come into
+// being; the store of "live", while the gates of all devices are shut, makes them
+// a snapshot, of all devices or of none. After it each layer is marked as
+// committed, so that it is known as one that counts when the record is gone. The
+// store of "dying" ends the snapshot, for all devices again. What a start finds
+// prepared it undoes, what it finds dying it finishes (recover.go).
+
+package cow
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+)
+
+// Catalogue knows the snapshots of a run directory. Its methods may be called
+// from many goroutines at once.
+type Catalogue struct {
+	dir string // empty: nothing outlives the process
+	mem *memory
+
+	// found are the snapshots that a predecessor left, by id. Their devices add
+	// the images when they are opened.
+	found map[uint64]*Snapshot
+
+	mu   sync.Mutex
+	free []record
+}
+
+// record is the record of one snapshot, in the catalogue's memory.
+type record []byte
+
+// maxSnapshots bounds the address space of a catalogue.
+const maxSnapshots = 1 << 20
+
+// OpenCatalogue opens the catalogue in the run directory dir, or makes an empty one
+// where there is none, it is of another boot, or cannot be used; why tells that it
+// could not. Without a directory nothing outlives the process.
+func OpenCatalogue(dir string) (c *Catalogue, why, err error) {
+	boot, err := bootID()
+	if err != nil {
+		return nil, nil, err
+	}
+	c, err = openCatalogue(dir, boot)
+	if errors.Is(err, ErrDamaged) || errors.Is(err, ErrVersion) {
+		why = err
+		if err = discardState(dir); err == nil {
+			c, err = openCatalogue(dir, boot)
+		}
+	}
+	if err != nil {
+		return nil, nil, fmt.Errorf("open catalogue of snapshots: %w", err)
+	}
+	return c, why, nil
+}
+
+func openCatalogue(dir, boot string) (*Catalogue, error) {
+	c := &Catalogue{dir: dir, found: make(map[uint64]*Snapshot)}
+	path := ""
+	if dir != "" {
+		path = filepath.Join(dir, "catalogue")
+	}
+	var err error
+	if c.mem, err = openMemory(path, catalogueHeader+maxSnapshots*recordBytes); err != nil {
+		return nil, err
+	}
+	err = c.begin(boot)
+	if errors.Is(err, errOtherBoot) {
+		c.mem.Close()
+		if err := discardState(dir); err != nil {
+			return nil, err
+		}
+		return openCatalogue(dir, boot)
+	}
+	if err != nil {
+		c.mem.Close()
+		return nil, err
+	}
+	return c, nil
+}
+
+var errOtherBoot = errors.New("state of another boot")
+
+const catalogueConstant = 52
+
+// begin writes the header of an empty catalogue, or checks the one that is there.
+func (c *Catalogue) begin(boot string) error {
+	if c.mem.Len() == 0 {
+		if err := c.mem.Grow(memoryStep); err != nil {
+			return err
+		}
+	}
+	b := c.mem.Bytes()[:catalogueHeader]
+	err := checkMagic(b, catalogueMagic, catalogueVersion, catalogueConstant)
+	switch {
+	case errors.Is(err, errBlank):
+		copy(b[16:catalogueConstant], boot)
+		putMagic(b, catalogueMagic, catalogueVersion, catalogueConstant)
+	case err != nil:
+		return err
+	case string(b[16:catalogueConstant]) != boot:
+		return errOtherBoot
+	}
+	c.readRecords()
+	return nil
+}
+
+// Close leaves the content as it is.
+func (c *Catalogue) Close() error { return c.mem.Close() }
+
+// records yields all records.
+func (c *Catalogue) records() func(func(record) bool) {
+	return func(yield func(record) bool) {
+		for off := int64(catalogueHeader); off < c.mem.Len(); off += recordBytes {
+			if !yield(record(c.mem.Bytes()[off : off+recordBytes])) {
+				return
+			}
+		}
+	}
+}
+
+// prepare takes a free record for a snapshot.
+func (c *Catalogue) prepare(name string, note []byte) (record, uint64, error) {
+	if len(name) > maxName || len(note) > maxNote {
+		return nil, 0, fmt.Errorf("name of %d bytes, note of %d: at most %d and %d", len(name), len(note), maxName, maxNote)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if len(c.free) == 0 {
+		off := c.mem.Len()
+		if err := c.mem.Grow(memoryStep); err != nil {
+			return nil, 0, err
+		}
+		for ; off < c.mem.Len(); off += recordBytes {
+			c.free = append(c.free, record(c.mem.Bytes()[off:off+recordBytes]))
+		}
+	}
+	r := c.free[len(c.free)-1]
+	c.free = c.free[:len(c.free)-1]
+	id := wordAt(c.mem.Bytes(), catalogueLastID).Add(1)
+	recordInfo{id, name, note}.encode(r)
+	r.setState(statePrepared)
+	return r, id, nil
+}
+
+// release makes a record free.
+func (c *Catalogue) release(r record) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	r.setState(stateFree)
+	c.free = append(c.free, r)
+}
+
+func (r record) state() uint64     { return wordAt(r, recordState).Load() }
+func (r record) setState(s uint64) { wordAt(r, recordState).Store(s) }
+
+func (r record) taken() time.Time {
+	return time.Unix(0, int64(wordAt(r, recordTaken).Load()))
+}
+
+func (r record) setTaken(t time.Time) { wordAt(r, recordTaken).Store(uint64(t.UnixNano())) }
+
+func (r record) held() time.Duration     { return time.Duration(wordAt(r, recordHeld).Load()) }
+func (r record) setHeld(d time.Duration) { wordAt(r, recordHeld).Store(uint64(d)) }
+
+// bootID changes with every boot.
+func bootID() (string, error) {
+	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return "", fmt.Errorf("tell this boot from others: %w", err)
+	}
+	return strings.TrimSpace(string(b)), nil
+}
+
+// discardState removes what the engine keeps in a run directory.
+func discardState(dir string) error {
+	return errors.Join(os.RemoveAll(filepath.Join(dir, "catalogue")), os.RemoveAll(filepath.Join(dir, "devices")))
+}
+
+// deviceDir is where the state of a device is, empty where there is none.
+func (c *Catalogue) deviceDir(name string) string {
+	if c.dir == "" {
+		return ""
+	}
+	return filepath.Join(c.dir, "devices", name)
+}

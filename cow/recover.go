@@ -1,0 +1,236 @@
+// Finding again what a predecessor left in the run directory: it was killed at any
+// instant, or ended.
+//
+// The catalogue says which snapshots there are; each device finds its layers, its
+// images and its change map, and puts the slots that its words name in use again.
+// What does not add up costs the device its snapshots or its generation, never
+// its service: a start without any state serves the origin as well.
+
+package cow
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"blksnap/cbt"
+	"blksnap/store"
+)
+
+// readRecords finds the predecessor's snapshots and the free records.
+func (c *Catalogue) readRecords() {
+	for r := range c.records() {
+		state := r.state()
+		info, err := decodeRecord(r)
+		if state != stateLive && state != stateDying || err != nil {
+			// Prepared and not live: there is no such snapshot. What cannot be
+			// read cannot be told from others; its layers become nameless.
+			c.release(r)
+			continue
+		}
+		c.found[info.id] = &Snapshot{
+			catalogue: c, record: r, name: info.name, note: info.note,
+			created: r.taken(), held: r.held(),
+		}
+	}
+}
+
+// Recover returns the predecessor's snapshots, oldest first, with the images of
+// all devices that were opened since; it is called once, before anything is
+// written to them. Snapshots that were being destroyed are destroyed, those of
+// which no device is there are forgotten.
+func (c *Catalogue) Recover() []*Snapshot {
+	var snaps []*Snapshot
+	for id, s := range c.found {
+		delete(c.found, id)
+		switch {
+		case s.record.state() == stateDying:
+			s.destroyed = true
+			s.end()
+		case len(s.images) == 0:
+			c.release(s.record)
+		default:
+			s.sortImages()
+			snaps = append(snaps, s)
+		}
+	}
+	slices.SortFunc(snaps, func(a, b *Snapshot) int { return a.created.Compare(b.created) })
+	return snaps
+}
+
+// recoverState finds the device's state in its directory. An error says why it
+// cannot be used, or (errBlank) that there is none.
+func (d *Device) recoverState(c *Catalogue) error {
+	frozen, err := d.recoverChanges()
+	if err != nil {
+		return fmt.Errorf("change map: %w", err)
+	}
+	if err := d.recoverLayers(c, frozen); err != nil {
+		return err
+	}
+	for _, f := range frozen { // of snapshots that did not come about, or went
+		f.Release()
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.reshieldLocked()
+	d.askLocked()
+	return nil
+}
+
+// recoverChanges opens the change map and returns the frozen ones by number.
+func (d *Device) recoverChanges() (map[uint64]*cbt.Frozen, error) {
+	path := filepath.Join(d.dir, "changes")
+	if _, err := os.Stat(path); err != nil {
+		return nil, errBlank
+	}
+	block := cmp.Or(d.cfg.TrackingBlock, cbt.DefaultBlock)
+	mem, err := mapFile(path, changesReserve(d.Size(), block))
+	if err != nil {
+		return nil, err
+	}
+	mem.closeWhenUnused()
+	m, list, err := cbt.Open(mem)
+	switch {
+	case errors.Is(err, cbt.ErrNoMap):
+		return nil, errBlank
+	case err != nil:
+		return nil, err
+	case m.Size() != d.Size():
+		return nil, fmt.Errorf("it is of a device of %d bytes, this has %d", m.Size(), d.Size())
+	}
+	// Whatever comes of the rest, numbers go on.
+	d.cfg.Number = max(d.cfg.Number, m.Number())
+	if d.cfg.TrackingBlock != 0 && d.cfg.TrackingBlock != m.BlockSize() {
+		return nil, fmt.Errorf("it has tracking blocks of %d bytes, asked for are %d", m.BlockSize(), d.cfg.TrackingBlock)
+	}
+	if m.Lost() {
+		return nil, errors.New("there was no memory for a mark")
+	}
+	d.changes = m
+	frozen := make(map[uint64]*cbt.Frozen)
+	for _, f := range list {
+		frozen[f.Number()] = f
+	}
+	return frozen, nil
+}
+
+// recoverLayers opens the layers and the images that begin with them.
+func (d *Device) recoverLayers(c *Catalogue, frozen map[uint64]*cbt.Frozen) error {
+	layers, err := d.openLayers(c)
+	if err != nil {
+		return err
+	}
+	for n, l := range layers {
+		if n > 0 {
+			layers[n-1].newer.Store(l)
+		}
+		d.nextLayer = l.number + 1
+		if s := c.found[l.snapshot()]; s != nil {
+			l.commit()
+			d.recoverImage(s, l, frozen)
+		}
+	}
+	d.layers = layers
+	return d.adopt()
+}
+
+// openLayers opens the layers of which a snapshot was live, oldest first, and
+// removes what else there is. Where one is damaged, it and those before it are
+// removed with their images, whose chains it is a part of; newer ones are whole.
+func (d *Device) openLayers(c *Catalogue) ([]*layer, error) {
+	entries, err := os.ReadDir(d.dir)
+	if err != nil {
+		return nil, err
+	}
+	var numbers []uint64
+	for _, e := range entries {
+		var n uint64
+		if _, err := fmt.Sscanf(e.Name(), layerName, &n); err == nil {
+			numbers = append(numbers, n)
+		}
+	}
+	slices.Sort(numbers)
+	var layers []*layer
+	for _, n := range numbers {
+		l, err := openLayer(d.dir, n)
+		switch {
+		case err == nil && (l.committed() || c.found[l.snapshot()] != nil):
+			layers = append(layers, l)
+		case err == nil: // its snapshot did not come about
+			err = errors.Join(l.forget(), l.table.close())
+		case errors.Is(err, errBlank):
+			err = os.Remove(layerPath(d.dir, n))
+		default:
+			d.cfg.Log.Error("layer lost, and with it the snapshots up to it", "layer", n, "err", err)
+			err = os.Remove(layerPath(d.dir, n))
+			for _, l := range layers {
+				err = errors.Join(err, l.forget(), l.table.close())
+			}
+			layers = nil
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	return layers, nil
+}
+
+// recoverImage makes the image that begins with l.
+func (d *Device) recoverImage(s *Snapshot, l *layer, frozen map[uint64]*cbt.Frozen) {
+	i := &Image{device: d, snapshot: s, layer: l, frozen: frozen[l.cbt()], gone: make(chan struct{})}
+	delete(frozen, l.cbt())
+	switch kind, reason := l.fault(); {
+	case kind == faultOverflowed:
+		i.fault.Store(overflowed)
+	case kind != faultNone:
+		i.fault.Store(failed(reason))
+	case i.frozen == nil:
+		i.noteFaultLocked(failed("its change map is lost"))
+	default:
+		l.image = i
+		d.images = append(d.images, i)
+	}
+	if i.frozen != nil { // else there is nothing that a user could look at
+		s.images = append(s.images, i)
+	}
+}
+
+// adopt puts the slots that words name in use again. A slot that two layers name
+// was being moved from the newer to the older. One that is not to be had, because
+// its part died with the process or is another now, costs the images that read it.
+func (d *Device) adopt() error {
+	for n, l := range d.layers {
+		for c, w := range l.table.from(0) {
+			if !w.hasSlot() {
+				continue
+			}
+			err := d.pool.Adopt(w.slot(), w.mask())
+			if err == nil {
+				continue
+			}
+			l.table.store(c, 0)
+			if !errors.Is(err, store.ErrAdopted) {
+				d.loseFound(n, c, w.mask(), err)
+			}
+		}
+	}
+	return nil
+}
+
+// loseFound breaks the images that find blocks mask of c in layer n, where they
+// are no more.
+func (d *Device) loseFound(n int, c chunkNo, mask uint16, err error) {
+	var older uint16
+	for k := n; k >= 0 && mask&^older != 0; k-- {
+		if k < n {
+			older |= d.layers[k].table.load(c).mask()
+		}
+		if i := d.layers[k].image; i != nil && mask&^older != 0 {
+			d.breakImage(i, failed(err.Error()), err)
+		}
+	}
+}
