@@ -34,8 +34,18 @@ type Catalogue struct {
 	// the images when they are opened.
 	found map[uint64]*Snapshot
 
+	// step, if set, is called after each change of what a start would find: tests
+	// look there what a kill at that moment leaves.
+	step func(what string)
+
 	mu   sync.Mutex
 	free []record
+}
+
+func (c *Catalogue) did(what string) {
+	if c.step != nil {
+		c.step(what)
+	}
 }
 
 // record is the record of one snapshot, in the catalogue's memory.
@@ -151,6 +161,7 @@ func (c *Catalogue) prepare(name string, note []byte) (record, uint64, error) {
 	id := wordAt(c.mem.Bytes(), catalogueLastID).Add(1)
 	recordInfo{id, name, note}.encode(r)
 	r.setState(statePrepared)
+	c.did("prepare a record")
 	return r, id, nil
 }
 
@@ -160,6 +171,7 @@ func (c *Catalogue) release(r record) {
 	defer c.mu.Unlock()
 	r.setState(stateFree)
 	c.free = append(c.free, r)
+	c.did("free a record")
 }
 
 func (r record) state() uint64     { return wordAt(r, recordState).Load() }

@@ -89,6 +89,7 @@ const stripes = 256
 // at once, also for ranges that overlap; they lie within Size.
 type Device struct {
 	name    string
+	cat     *Catalogue
 	dir     string // where its state is, empty where it has none
 	origin  *Origin
 	file    originFile
@@ -163,7 +164,7 @@ func (c *Catalogue) open(o *Origin, pool *store.Pool, cfg Config) (*Device, erro
 	}
 	cfg.Log = cfg.Log.With("device", cfg.Name)
 	d := &Device{
-		name: cfg.Name, dir: c.deviceDir(cfg.Name), origin: o, file: o.file, pool: pool, cfg: cfg,
+		name: cfg.Name, cat: c, dir: c.deviceDir(cfg.Name), origin: o, file: o.file, pool: pool, cfg: cfg,
 		serial:  serials.Add(1),
 		writers: newGate(),
 		readers: newGate(),

@@ -153,6 +153,7 @@ func (i *Image) end(f *fault) bool {
 func (i *Image) noteFaultLocked(f *fault) {
 	if f.kind != faultNone {
 		i.layer.setFault(f.kind, strings.TrimPrefix(f.state, "failed: "))
+		i.device.cat.did("note a fault")
 	}
 	i.fault.Store(f)
 }
@@ -164,4 +165,5 @@ func (i *Image) destroy() {
 	}
 	close(i.gone)
 	i.frozen.Release()
+	i.device.cat.did("release a frozen map")
 }

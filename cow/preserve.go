@@ -169,6 +169,7 @@ func (d *Device) preserveHoles(head *table, b *batch) error {
 		}
 		if hole && to >= min(from+chunkSize, d.Size()) && m.word == 0 {
 			head.store(m.chunk, zeroWord)
+			d.cat.did("publish a hole")
 			continue
 		}
 		rest = append(rest, m)
@@ -222,6 +223,7 @@ func (d *Device) copyOut(head *table, b *batch, k int) error {
 			continue
 		}
 		head.store(m.chunk, makeWord(m.slot, m.word.mask()|m.mask))
+		d.cat.did("publish a word")
 		if m.word.hasSlot() && m.slot != m.word.slot() {
 			d.retire(m.word)
 		}

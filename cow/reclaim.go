@@ -182,6 +182,7 @@ func (d *Device) free(s *scrap) error {
 	var errs []error
 	for _, l := range s.layers {
 		errs = append(errs, l.forget())
+		d.cat.did("forget a layer")
 		for _, w := range l.table.from(0) {
 			d.freeSlot(w)
 		}
@@ -189,6 +190,7 @@ func (d *Device) free(s *scrap) error {
 	}
 	for _, l := range s.empty {
 		errs = append(errs, l.forget(), l.table.close())
+		d.cat.did("forget an empty layer")
 	}
 	for _, w := range s.words {
 		d.freeSlot(w)
@@ -261,11 +263,13 @@ func (d *Device) pruneHead(s *scrap) {
 		case twice == 0:
 		case twice == w.mask():
 			head.store(c, 0)
+			d.cat.did("take a word from the head")
 			s.words = append(s.words, w)
 		case w == zeroWord:
 			// Always all 16 blocks; it holds no slot, so nothing is gained.
 		default:
 			head.store(c, makeWord(w.slot(), w.mask()&^twice))
+			d.cat.did("take blocks from a word of the head")
 			s.shrunk = append(s.shrunk, makeWord(w.slot(), twice))
 		}
 		d.unlockChunks(c, c)

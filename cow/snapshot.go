@@ -103,6 +103,7 @@ func (c *Catalogue) take(name string, devices []*Device, o TakeOptions) (*Snapsh
 	}
 	for _, p := range preps {
 		p.layer.commit()
+		c.did("commit a layer")
 		s.images = append(s.images, p.image)
 	}
 	s.sortImages()
@@ -129,6 +130,7 @@ func (d *Device) prepare(s *Snapshot, id uint64) (*prepared, error) {
 		return nil, fmt.Errorf("%s: %w", d.name, err)
 	}
 	d.nextLayer++
+	d.cat.did("make a layer")
 	i := &Image{device: d, snapshot: s, layer: l, gone: make(chan struct{})}
 	l.image = i
 	d.mu.Lock()
@@ -179,6 +181,7 @@ func (s *Snapshot) instant(preps []*prepared, limit time.Duration) error {
 	}
 	s.record.setTaken(s.created)
 	s.record.setState(stateLive) // now it is a snapshot, of all devices
+	s.catalogue.did("make a snapshot live")
 	for _, p := range preps {
 		p.commit()
 	}
@@ -195,6 +198,7 @@ func (p *prepared) freeze() (err error) {
 		return err
 	}
 	p.layer.setCBT(p.image.frozen.Number())
+	d.cat.did("freeze a change map")
 	return nil
 }
 
@@ -279,6 +283,7 @@ func (s *Snapshot) Destroy(force bool) error {
 // end destroys the images. From the first store on, a start would finish it.
 func (s *Snapshot) end() {
 	s.record.setState(stateDying)
+	s.catalogue.did("let a snapshot die")
 	for _, i := range s.images {
 		i.destroy()
 	}

@@ -1,0 +1,371 @@
+package cow
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"blksnap/store"
+)
+
+// site is a directory with all that outlives a process: two origins, a snapstore
+// and the run directory.
+type site struct {
+	dir  string
+	cat  *Catalogue
+	pool *store.Pool
+	devs []*Device
+	snap map[string]*Snapshot
+}
+
+const siteSize = 1<<20 + 3*SectorSize
+
+var siteDevices = []string{"a", "b"}
+
+// newSite makes the files of a site.
+func newSite(t *testing.T, dir string) {
+	t.Helper()
+	for _, name := range siteDevices {
+		if err := os.WriteFile(filepath.Join(dir, name), make([]byte, siteSize), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Mkdir(filepath.Join(dir, "run"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// openSite starts on what is in dir.
+func openSite(t *testing.T, dir string, limit int64, step func(string)) *site {
+	t.Helper()
+	s := &site{dir: dir, snap: make(map[string]*Snapshot)}
+	s.cat = newCatalogue(t, filepath.Join(dir, "run"))
+	s.cat.step = step
+	part, err := store.OpenFile(filepath.Join(dir, "store"), limit, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.pool = store.NewPool(part)
+	for _, name := range siteDevices {
+		o, err := OpenOrigin(filepath.Join(dir, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		d, err := s.cat.Open(o, s.pool, Config{Name: name})
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.devs = append(s.devs, d)
+	}
+	for _, n := range s.cat.Recover() {
+		s.snap[n.Name()] = n
+	}
+	if err := s.pool.Discard(); err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func (s *site) close(t *testing.T) {
+	t.Helper()
+	var errs []error
+	for _, d := range s.devs {
+		errs = append(errs, d.Close())
+	}
+	if err := errors.Join(append(errs, s.pool.Close(), s.cat.Close())...); err != nil {
+		t.Errorf("close: %v", err)
+	}
+}
+
+// copyTree copies a directory; holes stay holes.
+func copyTree(t *testing.T, from, to string) {
+	t.Helper()
+	err := filepath.WalkDir(from, func(path string, e os.DirEntry, err error) error {
+		rel, _ := filepath.Rel(from, path)
+		switch {
+		case errors.Is(err, os.ErrNotExist): // went meanwhile
+			return nil
+		case err != nil:
+			return err
+		case e.IsDir():
+			return os.MkdirAll(filepath.Join(to, rel), 0o700)
+		}
+		return copySparse(path, filepath.Join(to, rel))
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func copySparse(from, to string) error {
+	in, err := os.Open(from)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil // went meanwhile
+	}
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	st, err := in.Stat()
+	if err != nil {
+		return err
+	}
+	out, err := os.Create(to)
+	if err != nil {
+		return err
+	}
+	defer out.Close()
+	h := hostFile{File: in}
+	for off := int64(0); off < st.Size(); {
+		hole, end, err := h.next(off, st.Size())
+		if err != nil {
+			return err
+		}
+		if !hole {
+			if _, err := io.Copy(io.NewOffsetWriter(out, off), io.NewSectionReader(in, off, end-off)); err != nil {
+				return err
+			}
+		}
+		off = end
+	}
+	return out.Truncate(st.Size())
+}
+
+// facts are what must be true of a site at a moment.
+type facts struct {
+	what     string
+	live     [][]byte            // by device
+	snaps    map[string][][]byte // by name and device
+	changing string              // a snapshot that may or may not be there
+	lost     map[string]bool     // snapshots that may have overflowed
+	off, n   int64               // bytes of every device that may be old or new
+}
+
+func (f facts) clone() facts {
+	f.live = slices.Clone(f.live)
+	for i := range f.live {
+		f.live[i] = slices.Clone(f.live[i])
+	}
+	f.snaps = maps.Clone(f.snaps)
+	f.lost = maps.Clone(f.lost)
+	return f
+}
+
+// verify checks the facts on a site.
+func (f facts) verify(t *testing.T, s *site) {
+	t.Helper()
+	for k, d := range s.devs {
+		got := make([]byte, siteSize)
+		if err := d.Read(got, 0); err != nil {
+			t.Fatal(err)
+		}
+		copy(got[f.off:f.off+f.n], f.live[k][f.off:])
+		if !bytes.Equal(got, f.live[k]) {
+			t.Errorf("after %q: device %s does not hold what was acknowledged", f.what, d.Name())
+		}
+	}
+	for name, want := range f.snaps {
+		n := s.snap[name]
+		if n == nil {
+			if name != f.changing {
+				t.Errorf("after %q: snapshot %s is gone", f.what, name)
+			}
+			continue
+		}
+		for k, d := range siteDevices {
+			got := make([]byte, siteSize)
+			err := image(t, n, d).Read(got, 0)
+			switch {
+			case err == nil && !bytes.Equal(got, want[k]):
+				t.Errorf("after %q: %s@%s: at %d other bytes", f.what, d, name, firstDiff(got, want[k]))
+			case err != nil && !(f.lost[name] && errors.Is(err, ErrOverflowed)):
+				t.Errorf("after %q: %s@%s: %v", f.what, d, name, err)
+			}
+		}
+	}
+	for name := range s.snap {
+		if f.snaps[name] == nil && name != f.changing {
+			t.Errorf("after %q: snapshot %s is there", f.what, name)
+		}
+	}
+	f.verifyIncrements(t, s)
+	if err := Check(s.pool, s.devs...); err != nil {
+		t.Errorf("after %q: %v", f.what, err)
+	}
+}
+
+// verifyIncrements checks that what a snapshot and the device differ in is inside
+// what the device says has changed since.
+func (f facts) verifyIncrements(t *testing.T, s *site) {
+	t.Helper()
+	for name, n := range s.snap {
+		for k, d := range s.devs {
+			i := image(t, n, d.Name())
+			if i.Err() != nil || f.snaps[name] == nil {
+				continue
+			}
+			runs, ok := d.Changes().Since(i.Changes().Number())
+			if !ok {
+				t.Errorf("after %q: %s does not know what changed since %s", f.what, d.Name(), name)
+				continue
+			}
+			copied, now := slices.Clone(f.snaps[name][k]), make([]byte, siteSize)
+			if err := d.Read(now, 0); err != nil {
+				t.Fatal(err)
+			}
+			for r := range runs {
+				copy(copied[r.Off:r.Off+r.N], now[r.Off:])
+			}
+			if !bytes.Equal(copied, now) {
+				t.Errorf("after %q: the increment of %s since %s misses byte %d", f.what, d.Name(), name, firstDiff(copied, now))
+			}
+		}
+	}
+}
+
+func firstDiff(a, b []byte) int {
+	for i := range a {
+		if a[i] != b[i] {
+			return i
+		}
+	}
+	return -1
+}
+
+// script drives a site and keeps the facts.
+type script struct {
+	t *testing.T
+	s *site
+
+	mu    sync.Mutex
+	facts facts
+}
+
+func (c *script) set(f func(*facts)) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.facts = c.facts.clone()
+	f(&c.facts)
+}
+
+func (c *script) write(v byte, off, n int64) {
+	c.set(func(f *facts) { f.off, f.n = off, n })
+	for _, d := range c.s.devs {
+		put(c.t, d, v, off, n)
+	}
+	c.set(func(f *facts) {
+		for k := range f.live {
+			copy(f.live[k][off:], bytes.Repeat([]byte{v}, int(n)))
+		}
+		f.n = 0
+	})
+}
+
+func (c *script) take(name string) {
+	c.set(func(f *facts) { f.snaps[name], f.changing = f.live, name })
+	n, err := c.s.cat.Take(name, c.s.devs, TakeOptions{Limit: time.Minute})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	c.s.snap[name] = n
+	c.set(func(f *facts) { f.changing = "" })
+}
+
+func (c *script) destroy(name string) {
+	c.set(func(f *facts) { f.changing = name })
+	if err := c.s.snap[name].Destroy(false); err != nil {
+		c.t.Fatal(err)
+	}
+	delete(c.s.snap, name)
+	c.set(func(f *facts) { delete(f.snaps, name); f.changing = "" })
+}
+
+// run is a life with everything in it that changes state.
+func (c *script) run() {
+	c.write(1, 0, siteSize)
+	c.take("one")
+	c.write(2, 0, 70000)
+	c.take("two")
+	c.write(3, 4096, 4096)
+	c.write(4, 64<<10, 8192)
+	c.take("three")
+	c.write(5, 0, 200000)
+	c.destroy("two") // folds: slots move, and are joined
+	c.write(6, 300000, 5)
+	c.take("four")
+	c.destroy("four") // a nameless head
+	c.write(7, 290000, 100000)
+	c.destroy("three")
+	c.destroy("one")
+	c.take("five")
+	c.write(8, siteSize-1000, 1000)
+}
+
+// TestKilledAtEveryStep looks, after every single change of state, at what a
+// process that is killed there leaves, and starts on it, twice: what a start
+// itself does may be cut off as well.
+func TestKilledAtEveryStep(t *testing.T) {
+	base := t.TempDir()
+	dir := filepath.Join(base, "site")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	newSite(t, dir)
+	c := &script{t: t, facts: facts{
+		live:  [][]byte{make([]byte, siteSize), make([]byte, siteSize)},
+		snaps: make(map[string][][]byte),
+	}}
+	var left []facts
+	var copying sync.Mutex
+	c.s = openSite(t, dir, 64<<20, func(what string) {
+		copying.Lock()
+		defer copying.Unlock()
+		c.mu.Lock()
+		f := c.facts.clone()
+		c.mu.Unlock()
+		f.what = fmt.Sprintf("step %d: %s", len(left), what)
+		copyTree(t, dir, filepath.Join(base, fmt.Sprint(len(left))))
+		left = append(left, f)
+	})
+	c.run()
+	c.facts.verify(t, c.s)
+	c.s.close(t)
+	again := openSite(t, dir, 64<<20, nil)
+	c.facts.what = "a clean end"
+	c.facts.verify(t, again)
+	again.close(t)
+
+	second := 0
+	for k, f := range left {
+		at := filepath.Join(base, fmt.Sprint(k))
+		var once sync.Once
+		s := openSite(t, at, 64<<20, func(what string) {
+			once.Do(func() { // a start that is killed at its first step
+				copyTree(t, at, at+"-again")
+			})
+		})
+		f.verify(t, s)
+		s.close(t)
+		if _, err := os.Stat(at + "-again"); err == nil {
+			f.what += ", then a start"
+			s := openSite(t, at+"-again", 64<<20, nil)
+			f.verify(t, s)
+			s.close(t)
+			second++
+		}
+		if t.Failed() {
+			return
+		}
+		os.RemoveAll(at)
+		os.RemoveAll(at + "-again")
+	}
+	t.Logf("killed after each of %d steps, and %d times again in the start after it", len(left), second)
+}
