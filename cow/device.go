@@ -45,9 +45,10 @@ type Config struct {
 	// from 4 KiB to 16 MiB (default 64 KiB, or what it was).
 	TrackingBlock int64
 
-	// Number is the last snapshot number that was ever used for this device,
-	// where the device's own state does not know a higher one. A new generation
-	// begins with it.
+	// Number is where a new generation begins: above every number that a snapshot
+	// of this device ever had, as far as the device's own state does not know
+	// better. (The last number itself will not do: what changed since that
+	// snapshot is not known.)
 	Number uint64
 
 	// StoreWait is how long a write waits for space in a full snapstore before

@@ -173,11 +173,13 @@ func TestSince(t *testing.T) {
 		t.Fatal(err)
 	}
 	c := d.Changes()
-	if c.Generation() == generation || c.Base() != nb || c.Number() != nb {
-		t.Errorf("after a reset: generation %s, base %d, number %d; want another than %s, %d, %d", c.Generation(), c.Base(), c.Number(), generation, nb, nb)
+	if c.Generation() == generation || c.Base() != nb+1 || c.Number() != nb+1 {
+		t.Errorf("after a reset: generation %s, base %d, number %d; want another than %s, %d, %d", c.Generation(), c.Base(), c.Number(), generation, nb+1, nb+1)
 	}
-	if _, ok := c.Since(na); ok {
-		t.Error("a new generation knows what changed in the one before")
+	for _, num := range []uint64{na, nb} {
+		if _, ok := c.Since(num); ok {
+			t.Errorf("a new generation knows what changed since %d, in the one before", num)
+		}
 	}
 	if !r.event(EventGeneration, "") {
 		t.Error("no event told of the new generation")

@@ -62,8 +62,6 @@ func (d *Device) fold(older, l *layer, s *scrap) bool {
 		}
 		d.cat.did("fold a word into the older layer")
 		l.table.store(c, 0)
-		d.cat.did("fold a word into the older layer")
-		l.table.store(c, 0)
 		d.cat.did("take a word from the newer layer")
 	}
 	return all

@@ -102,8 +102,9 @@ func (d *Device) recoverChanges() (map[uint64]*cbt.Frozen, error) {
 	case m.Size() != d.Size():
 		return nil, fmt.Errorf("it is of a device of %d bytes, this has %d", m.Size(), d.Size())
 	}
-	// Whatever comes of the rest, numbers go on.
-	d.cfg.Number = max(d.cfg.Number, m.Number())
+	// Whatever comes of the rest, numbers go on, and leave one out: who asks for
+	// the changes since the last snapshot must be told that they are not known.
+	d.cfg.Number = max(d.cfg.Number, m.Number()+1)
 	if d.cfg.TrackingBlock != 0 && d.cfg.TrackingBlock != m.BlockSize() {
 		return nil, fmt.Errorf("it has tracking blocks of %d bytes, asked for are %d", m.BlockSize(), d.cfg.TrackingBlock)
 	}

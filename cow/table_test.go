@@ -10,7 +10,7 @@ import (
 	"testing"
 )
 
-func openTable(t *testing.T, end chunkNo) *table {
+func emptyTable(t *testing.T, end chunkNo) *table {
 	t.Helper()
 	tab, err := newTable(end)
 	if err != nil {
@@ -42,7 +42,7 @@ var tableEnds = []chunkNo{1, 31, 32, 33, 1 << 13, 1<<13 + 1, 1 << 21, 1<<21 + 1,
 func TestTableModel(t *testing.T) {
 	rng := newRand(t)
 	for _, end := range tableEnds {
-		tab, model := openTable(t, end), make(map[chunkNo]word)
+		tab, model := emptyTable(t, end), make(map[chunkNo]word)
 		for range 4000 {
 			c := chunkNo(rng.Uint64N(uint64(end)))
 			if rng.IntN(2) == 0 { // near the start, near the end
@@ -104,7 +104,7 @@ func compareTable(t *testing.T, tab *table, model map[chunkNo]word, rng *rand.Ra
 // the last word.
 func TestTableHoldsWholeDevice(t *testing.T) {
 	for _, end := range []chunkNo{1, 32, 33, 8191, 8192, 8193, 1<<20 + 7} {
-		tab := openTable(t, end)
+		tab := emptyTable(t, end)
 		for c := chunkNo(0); c < end; c += 1000 {
 			if err := tab.reserve(c, int(min(1000, end-c))); err != nil {
 				t.Fatalf("%d chunks: reserve from %d: %v", end, c, err)
@@ -127,7 +127,7 @@ func TestTableHoldsWholeDevice(t *testing.T) {
 }
 
 func TestTableReserveIsExact(t *testing.T) {
-	tab := openTable(t, 1<<20)
+	tab := emptyTable(t, 1<<20)
 	if err := tab.reserve(31, 2); err != nil { // in two leaves
 		t.Fatal(err)
 	}
@@ -165,7 +165,7 @@ func TestTableMemory(t *testing.T) {
 		}, 100 << 20},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			tab := openTable(t, end)
+			tab := emptyTable(t, end)
 			for c := range tc.chunks {
 				set(t, tab, c, 1)
 			}
@@ -183,7 +183,7 @@ func TestTableMemory(t *testing.T) {
 // TestTableWithoutMemory lets the memory end in mid-growth: what is in the table
 // stays, and what fits later still gets in.
 func TestTableWithoutMemory(t *testing.T) {
-	tab := openTable(t, 1<<28)
+	tab := emptyTable(t, 1<<28)
 	reserved := tab.mem.reserved
 	tab.mem.reserved = reserved[:2*memoryStep]
 	defer func() { tab.mem.reserved = reserved }()
@@ -217,7 +217,7 @@ func TestTableWithoutMemory(t *testing.T) {
 // word or none, never a part of one.
 func TestTableGrowsUnderReaders(t *testing.T) {
 	const end, writers, each = 1 << 22, 4, 5000
-	tab := openTable(t, end)
+	tab := emptyTable(t, end)
 	// Neighbours go to different writers, so that they meet in every leaf.
 	chunk := func(w, k int) chunkNo { return chunkNo(k*writers+w) * 37 }
 	wordOf := func(c chunkNo) word { return word(c+1) * 0x1_0001_0001 }
