@@ -286,7 +286,7 @@ func TestFollow(t *testing.T) {
 			cancel()
 		}
 	}
-	want := []string{"device-added ", "generation ", "snapshot-created a", "snapshot-destroyed a"}
+	want := []string{"generation ", "device-added ", "snapshot-created a", "snapshot-destroyed a"}
 	if diff := cmp.Diff(want, kinds); diff != "" {
 		t.Errorf("events, -want +got:\n%s", diff)
 	}

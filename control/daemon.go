@@ -21,6 +21,7 @@ type Daemon struct {
 	version string
 	log     *slog.Logger
 	events  *events
+	cat     *cow.Catalogue
 	pool    *store.Pool
 	uri     func(export string) string // NBD URI of an export
 
@@ -53,9 +54,9 @@ type device struct {
 	clients int // NBD connections to its live export; protected by Daemon.mu
 }
 
-func newDaemon(version string, log *slog.Logger, pool *store.Pool, uri func(string) string) *Daemon {
+func newDaemon(version string, log *slog.Logger, cat *cow.Catalogue, pool *store.Pool, uri func(string) string) *Daemon {
 	d := &Daemon{
-		version: version, log: log, events: newEvents(), pool: pool, uri: uri,
+		version: version, log: log, events: newEvents(), cat: cat, pool: pool, uri: uri,
 		stopping: make(chan struct{}),
 		idle:     make(chan struct{}),
 		devices:  make(map[string]*device),

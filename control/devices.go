@@ -48,7 +48,6 @@ func (d *Daemon) addDevice(q DeviceRequest) (DeviceInfo, error) {
 		return DeviceInfo{}, fmt.Errorf("add device %s: %w", q.Name, err)
 	}
 	d.record("device-added", q.Name, "", q.Origin)
-	d.record("generation", q.Name, "", "new generation "+dev.Changes().Generation()+": what changed before it is not known, a full copy is due")
 	return d.deviceInfo(q.Name)
 }
 
@@ -74,7 +73,7 @@ func (d *Daemon) openDevice(q DeviceRequest) (*cow.Device, error) {
 	if err != nil {
 		return nil, err
 	}
-	return cow.Open(o, d.pool, cow.Config{
+	return d.cat.Open(o, d.pool, cow.Config{
 		Name:          q.Name,
 		TrackingBlock: int64(q.TrackingBlock),
 		Number:        d.firstNumber(),

@@ -2,6 +2,7 @@ package control
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -10,6 +11,7 @@ import (
 
 	"go.uber.org/goleak"
 
+	"blksnap/cow"
 	"blksnap/store"
 )
 
@@ -24,7 +26,11 @@ func newTestDaemon(t *testing.T, devices ...string) *Daemon {
 		t.Fatal(err)
 	}
 	pool := store.NewPool(part)
-	d := newDaemon("0.0.0-test", slog.New(slog.DiscardHandler), pool, func(export string) string { return "nbd:" + export })
+	cat, _, err := cow.OpenCatalogue("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := newDaemon("0.0.0-test", slog.New(slog.DiscardHandler), cat, pool, func(export string) string { return "nbd:" + export })
 	t.Cleanup(func() {
 		if !d.isStopping() {
 			d.stop()
@@ -32,8 +38,8 @@ func newTestDaemon(t *testing.T, devices ...string) *Daemon {
 		if err := d.closeDevices(); err != nil {
 			t.Errorf("close the devices: %v", err)
 		}
-		if err := pool.Close(); err != nil {
-			t.Errorf("close the snapstore: %v", err)
+		if err := errors.Join(pool.Close(), cat.Close()); err != nil {
+			t.Errorf("close the snapstore and the catalogue: %v", err)
 		}
 	})
 	for _, name := range devices {

@@ -10,6 +10,7 @@ import (
 	"os"
 	"slices"
 
+	"blksnap/cow"
 	"blksnap/fusefs"
 	"blksnap/store"
 )
@@ -32,7 +33,12 @@ func (s *service) open(ctx context.Context, passed []net.Listener) error {
 	}
 	// What the snapshots held goes back to the file system.
 	s.later(func() error { return within(closeLimit, "empty the snapstore", pool.Discard) })
-	s.daemon = newDaemon(s.version, s.log, pool, func(export string) string {
+	cat, _, err := cow.OpenCatalogue("") // what it knows ends with the process
+	if err != nil {
+		return err
+	}
+	s.later(cat.Close)
+	s.daemon = newDaemon(s.version, s.log, cat, pool, func(export string) string {
 		return exportURI(s.nbdOn[0].Addr(), export)
 	})
 	if err := s.listen(ctx, passed); err != nil {

@@ -46,7 +46,7 @@ func (d *Daemon) takeChanging(name string, devices []string) (*cow.Snapshot, err
 	if err != nil {
 		return nil, err
 	}
-	s, err := cow.Take(name, chosen, 0)
+	s, err := d.cat.Take(name, chosen, cow.TakeOptions{})
 	if err != nil {
 		return nil, err
 	}

@@ -82,7 +82,7 @@ func openCatalogue(dir, boot string) (*Catalogue, error) {
 		path = filepath.Join(dir, "catalogue")
 	}
 	var err error
-	if c.mem, err = openMemory(path, catalogueHeader+maxSnapshots*recordBytes); err != nil {
+	if c.mem, err = memoryAt(path, catalogueHeader+maxSnapshots*recordBytes); err != nil {
 		return nil, err
 	}
 	err = c.begin(boot)

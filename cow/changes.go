@@ -117,8 +117,9 @@ func (d *Device) newGeneration(why string) {
 }
 
 func (d *Device) noteGeneration(why string) {
-	d.cfg.Log.Warn("new generation of the change map: the next backup must be a full one", "reason", why)
-	d.event(EventGeneration, "", why)
+	text := fmt.Sprintf("new generation %s: %s; a full copy is due", d.changes.Generation(), why)
+	d.cfg.Log.Warn("new generation", "text", text)
+	d.event(EventGeneration, "", text)
 }
 
 // newChanges makes an empty map. Its memory goes when nobody can look at it any
@@ -130,7 +131,7 @@ func (d *Device) newChanges() (*cbt.Map, error) {
 	if d.dir != "" {
 		path = filepath.Join(d.dir, "changes")
 	}
-	mem, err := openMemory(path, changesReserve(d.Size(), block))
+	mem, err := memoryAt(path, changesReserve(d.Size(), block))
 	if err != nil {
 		return nil, err
 	}

@@ -71,8 +71,8 @@ func mapFile(path string, max int64) (*memory, error) {
 	return m, nil
 }
 
-// openMemory is mapFile, or newMemory where path is empty.
-func openMemory(path string, max int64) (*memory, error) {
+// memoryAt is mapFile, or newMemory where path is empty.
+func memoryAt(path string, max int64) (*memory, error) {
 	if path == "" {
 		return newMemory(max)
 	}

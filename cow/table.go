@@ -79,7 +79,7 @@ func openTable(path string, end chunkNo) (*table, error) {
 		size += n * nodeBytes
 	}
 	var err error
-	if t.mem, err = openMemory(path, min(size, maxTable)); err != nil {
+	if t.mem, err = memoryAt(path, min(size, maxTable)); err != nil {
 		return nil, err
 	}
 	// In a table that is opened again nobody knows how much of the last step is
