@@ -60,15 +60,15 @@ func TestLost(t *testing.T) {
 
 	generation := uuid.New()
 	m.Reset(generation)
-	if m.Lost() || m.Generation() != generation || m.Base() != 2 || m.Number() != 2 {
-		t.Errorf("after Reset: lost %t, generation %v, base %d, number %d\nwant false, %v, 2, 2",
+	if m.Lost() || m.Generation() != generation || m.Base() != 3 || m.Number() != 3 {
+		t.Errorf("after Reset: lost %t, generation %v, base %d, number %d\nwant false, %v, 3, 3",
 			m.Lost(), m.Generation(), m.Base(), m.Number(), generation)
 	}
 	f.Release()
 	m.Mark(5*leafSpan, 1)
 	v = m.View()
 	defer v.Release()
-	wantChanged(t, v, 2, [2]int64{5 * leafSpan, block})
+	wantChanged(t, v, 3, [2]int64{5 * leafSpan, block})
 }
 
 // TestFrozenLost marks a frozen map without memory: only that one is lost.
@@ -134,8 +134,8 @@ func TestUnprepared(t *testing.T) {
 		m.counts[no] = 1 // no memory at all
 	}
 	m.Reset(uuid.New())
-	if m.Base() != n {
-		t.Errorf("base %d after Reset, want %d", m.Base(), n)
+	if m.Base() != n+1 {
+		t.Errorf("base %d after Reset, want %d", m.Base(), n+1)
 	}
 	mem.growing = nil
 	freeze(t, m)

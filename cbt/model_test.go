@@ -50,7 +50,9 @@ func (m *model) freeze(limit uint64) {
 	}
 }
 
+// reset leaves out a number, which is the new base.
 func (m *model) reset(generation uuid.UUID) {
+	m.number++
 	m.generation, m.base = generation, m.number-1
 	clear(m.numbers)
 }

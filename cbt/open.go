@@ -96,7 +96,7 @@ func (w *walk) roots() ([]*Frozen, error) {
 	}
 	var frozen []*Frozen
 	for r, t := range trees {
-		if t.number < now.number {
+		if t.number < now.number && !endedBy(t, now) {
 			frozen = append(frozen, &Frozen{View{m: w.Map, t: t, number: t.number}})
 		} else if t != now {
 			delete(trees, r)
@@ -118,6 +118,12 @@ func (w *walk) roots() ([]*Frozen, error) {
 	w.Map.live.Store(now)
 	slices.SortFunc(frozen, func(a, b *Frozen) int { return cmp.Compare(a.number, b.number) })
 	return frozen, nil
+}
+
+// endedBy says that t was the live map until Reset began the generation of now,
+// and was killed before it gave up t's record. No frozen map has that number.
+func endedBy(t, now *tree) bool {
+	return t.number == now.base && t.generation != now.generation
 }
 
 // tree makes the tree of the record r.
