@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -176,5 +177,21 @@ func TestNameUsedAgain(t *testing.T) {
 			t.Errorf("number\n got %d\nwant %d", got, number)
 		}
 		rmdir(t, d.snapshot("again"))
+	}
+}
+
+// A script that reads an image and destroys its snapshot in the next line must
+// not meet the kernel's late release of the file.
+func TestDestroyRightAfterReading(t *testing.T) {
+	needRoot(t)
+	d, _ := serveOrigin(t, 4*miB)
+	for n := range 100 {
+		mkdir(t, d.snapshot("s1"))
+		if _, err := os.ReadFile(d.snapshot("s1", "vda.img")); err != nil {
+			t.Fatal(err)
+		}
+		if err := syscall.Rmdir(d.snapshot("s1")); err != nil {
+			t.Fatalf("rmdir in round %d: %v", n, err)
+		}
 	}
 }

@@ -11,6 +11,8 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // installed returns the directory of a binary that make installed.
@@ -44,15 +46,30 @@ func TestInstall(t *testing.T) {
 type fstab struct {
 	*daemon
 	file string
-	bin  string
 }
 
-// newFstab writes a line that mounts a device over origin.
+// newFstab installs blksnap where mount(8) finds it and writes a line that
+// mounts a device over origin.
 func newFstab(t *testing.T, origin string) *fstab {
 	t.Helper()
 	needRoot(t)
 	need(t, "mount.fuse3")
-	f := &fstab{daemon: newDaemon(t, nil), bin: installed(t)}
+	bin := installed(t)
+	f := &fstab{daemon: newDaemon(t, nil)}
+
+	// mount(8) takes $PATH away from its helpers; the shell then looks into
+	// the usual directories. This one is seldom used, and is hidden for the
+	// tests alone.
+	const usual = "/usr/local/sbin"
+	if err := unix.Mount(bin, usual, "", unix.MS_BIND, ""); err != nil {
+		t.Fatalf("show %s at %s: %v", bin, usual, err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(usual, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+
 	f.file = filepath.Join(f.dir, "fstab")
 	write(t, f.file, fmt.Appendf(nil, "blksnap %s fuse.blksnap origin=vda=%s,run=%s,state=%s,store=mem:16MiB,nofail,rw,dev 0 0\n",
 		f.mount, origin, f.runDir, f.state))
@@ -61,16 +78,14 @@ func newFstab(t *testing.T, origin string) *fstab {
 			t.Errorf("the daemon is still there, as process %d", pid)
 			syscall.Kill(pid, syscall.SIGKILL)
 		}
-		syscall.Unmount(f.mount, syscall.MNT_DETACH)
+		unix.Unmount(f.mount, unix.MNT_DETACH)
 	})
 	return f
 }
 
 // try mounts as the boot does.
 func (f *fstab) try() result {
-	cmd := exec.Command("mount", "--fstab", f.file, f.mount)
-	cmd.Env = append(os.Environ(), "PATH="+f.bin+":"+os.Getenv("PATH"))
-	return end(f.t, cmd)
+	return end(f.t, exec.Command("mount", "--fstab", f.file, f.mount))
 }
 
 // pids are the processes that were told of the daemon's run directory.

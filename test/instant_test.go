@@ -249,7 +249,7 @@ func TestImagesEqualTheModel(t *testing.T) {
 		}
 		for len(images) > atMost || len(images) > 0 && rng.IntN(4) == 0 {
 			for name := range images { // any one
-				rmdir(t, d.snapshot(name))
+				destroy(t, d, name)
 				delete(images, name)
 				break
 			}

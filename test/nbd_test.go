@@ -4,6 +4,7 @@ package test
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -68,6 +69,19 @@ func (d *daemon) open(export string) *nbdConn {
 		d.t.Fatalf("open export %q: %v", export, err)
 	}
 	return c
+}
+
+// destroy destroys a snapshot as soon as the daemon has noticed that its
+// exports were closed; nothing tells a client when that is.
+func destroy(t *testing.T, d *daemon, snapshot string) {
+	t.Helper()
+	eventually(t, "snapshot "+snapshot+" is destroyed", func() bool {
+		err := syscall.Rmdir(d.snapshot(snapshot))
+		if err != nil && !errors.Is(err, syscall.EBUSY) {
+			t.Fatalf("destroy snapshot %s: %v", snapshot, err)
+		}
+		return err == nil
+	})
 }
 
 func (c *nbdConn) handshake(export string) error {

@@ -21,19 +21,17 @@ func TestTree(t *testing.T) {
 	dir := scratch(t)
 	d := serve(t, makeOrigin(t, dir, "vda", 4*miB), makeOrigin(t, dir, "vdb", 8*miB+512))
 	mkdir(t, d.snapshot("nightly"))
-	number := read(t, d.snapshot("nightly", "vda.cbt", "number"))
+	number := func(device string) string { return read(t, d.snapshot("nightly", device+".cbt", "number")) }
 
 	want := strings.Fields("devices snapshots snapshots/latest version snapshots/nightly snapshots/nightly/created snapshots/nightly/state")
-	for _, device := range []string{"devices/vda", "devices/vdb"} {
-		for _, name := range strings.Fields(". origin size state uri cbt") {
-			want = append(want, filepath.Join(device, name))
-		}
-		want = append(want, cbtFiles(device+"/cbt", number)...)
-	}
 	for _, device := range []string{"vda", "vdb"} {
-		image := "snapshots/nightly/" + device
+		live, image := "devices/"+device, "snapshots/nightly/"+device
+		for _, name := range strings.Fields(". origin size state uri cbt") {
+			want = append(want, filepath.Join(live, name))
+		}
+		want = append(want, cbtFiles(live+"/cbt", number(device))...)
 		want = append(want, image+".img", image+".state", image+".cbt")
-		want = append(want, cbtFiles(image+".cbt", number)...)
+		want = append(want, cbtFiles(image+".cbt", number(device))...)
 	}
 	got := strings.Fields(run(t, "find", d.mount, "-mindepth", "1", "-printf", "%P\n"))
 	slices.Sort(got)
@@ -50,12 +48,12 @@ func TestTree(t *testing.T) {
 		{"devices/vdb/state", "^ok$"},
 		{"devices/vdb/cbt/block_size", "^65536$"},
 		{"devices/vdb/cbt/generation", `^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$`},
-		{"devices/vdb/cbt/number", "^" + number + "$"},
-		{"devices/vdb/cbt/since/" + number, "^$"},
+		{"devices/vdb/cbt/number", "^" + number("vdb") + "$"},
+		{"devices/vdb/cbt/since/" + number("vdb"), "^$"},
 		{"devices/vdb/cbt/since/all", "^0 4194304 data$"},
 		{"snapshots/nightly/state", "^ok$"},
 		{"snapshots/nightly/vdb.state", "^ok$"},
-		{"snapshots/nightly/vdb.cbt/number", "^" + number + "$"},
+		{"snapshots/nightly/vdb.cbt/number", "^" + number("vdb") + "$"},
 		{"snapshots/nightly/vdb.cbt/since/all", "^0 4194304 data$"},
 	} {
 		t.Run(tc.path, func(t *testing.T) {
