@@ -1,6 +1,7 @@
 package cbt
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"math/rand/v2"
@@ -163,5 +164,49 @@ func (c *crashed) between(what string, v *View, low, high *model) {
 		if number := v.Base() + uint64(got); number < least || number > most {
 			c.t.Fatalf("%s: map with number %d: block %d has number %d, want %d to %d", what, v.Number(), b, number, least, most)
 		}
+	}
+}
+
+// TestCrashInNew kills the process after each change of a word that making a
+// map takes: there is none, or a complete one.
+func TestCrashInNew(t *testing.T) {
+	mem := newHeap(1 << 20)
+	m := newMap(mem, minShift)
+	steps, found := 0, 0
+	m.stepped = func() {
+		steps++
+		switch _, _, err := Open(copyHeap(mem)); {
+		case err == nil:
+			found++
+		case !errors.Is(err, ErrNoMap) || found > 0:
+			t.Errorf("step %d: %v", steps, err)
+		}
+	}
+	if err := m.begin(crashSize, history{number: 1, generation: uuid.New()}); err != nil {
+		t.Fatal(err)
+	}
+	if found != 1 {
+		t.Errorf("found a map after %d of %d steps, want only after the last", found, steps)
+	}
+}
+
+// TestCrashInManyFreezes kills the process after each change of a word while so
+// many snapshots are taken that their records fill more than one table.
+func TestCrashInManyFreezes(t *testing.T) {
+	mem := newHeap(1 << 20)
+	m := newTestMap(t, mem, leafSpan)
+	for i := range 2*nodeData/recordSize + 2 {
+		kill := func() {
+			_, frozen, err := Open(copyHeap(mem))
+			if err != nil {
+				t.Fatalf("during snapshot %d: %v", i+1, err)
+			}
+			if n := len(frozen); n != i && n != i+1 {
+				t.Fatalf("%d frozen maps during snapshot %d", n, i+1)
+			}
+		}
+		m.stepped = kill
+		freeze(t, m)
+		m.stepped = nil
 	}
 }

@@ -47,9 +47,11 @@
 //	    40    16  generation
 //	    56     8  CRC-32C of bytes 24 to 55
 //
-// The record that the header names is the live map. Records in use with a
-// lower number are the frozen maps. Others in use are what a Freeze or a Reset
-// left behind that was killed before or after its commit, and count as free.
+// The record that the header names is the live map. The others in use are the
+// frozen maps, but for two: one with the live map's number or a higher one,
+// which a Freeze or a Reset was killed over before its commit; and one of
+// another generation with the live map's base for a number, the live map before
+// a Reset that was killed after its commit.
 
 package cbt
 
@@ -178,13 +180,16 @@ func levelFor(block int64) int {
 	return max(0, (bits.Len64(uint64(block))-leafBits+indexBits-1)/indexBits)
 }
 
-// encodeHeader fills the fixed part of the header. It leaves live and table
-// alone.
-func encodeHeader(p []byte, shift int) {
-	copy(p, magic)
-	binary.NativeEndian.PutUint32(p[headerVersion:], version)
-	binary.NativeEndian.PutUint32(p[headerShift:], uint32(shift))
-	binary.NativeEndian.PutUint32(p[headerSum:], crc32.Checksum(p[:headerSum], castagnoli))
+// encodeHeader fills the fixed part of the header p but for the magic, which
+// it returns as a word: a header without it is none.
+func encodeHeader(p []byte, shift int) (word uint64) {
+	var h [headerSum]byte
+	copy(h[:], magic)
+	binary.NativeEndian.PutUint32(h[headerVersion:], version)
+	binary.NativeEndian.PutUint32(h[headerShift:], uint32(shift))
+	binary.NativeEndian.PutUint32(p[headerSum:], crc32.Checksum(h[:], castagnoli))
+	copy(p[headerVersion:], h[headerVersion:])
+	return binary.NativeEndian.Uint64(h[:])
 }
 
 // decodeHeader returns the tracking block size as a power of two.

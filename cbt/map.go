@@ -44,9 +44,10 @@ type Map struct {
 
 // New makes an empty map in mem, which is empty or all zeroes. size is that of
 // the device, a multiple of 512; blockSize that of a tracking block, a power
-// of two from 4 KiB to 16 MiB, both in bytes. number is the device's last
-// snapshot, 0 before the first: base of the new generation. The first
-// snapshot's frozen map gets number+1.
+// of two from 4 KiB to 16 MiB, both in bytes. number is the base of the new
+// generation; the first snapshot's frozen map gets number+1. It is 0 or, for a
+// device that had snapshots, above the last one's: changes since that one are
+// not known.
 //
 // The map uses mem until it is closed, and does not close it.
 func New(mem Memory, size, blockSize int64, generation uuid.UUID, number uint64) (*Map, error) {
@@ -61,18 +62,25 @@ func New(mem Memory, size, blockSize int64, generation uuid.UUID, number uint64)
 		return nil, fmt.Errorf("begin a changed-block map at number %d: too high", number)
 	}
 	m := newMap(mem, shift)
-	if err := m.grow(minBatch); err != nil {
-		m.Close()
+	if err := m.begin(size, history{number: number + 1, base: number, generation: generation}); err != nil {
 		return nil, err
+	}
+	return m, nil
+}
+
+// begin makes the live map.
+func (m *Map) begin(size int64, h history) error {
+	if err := m.fill(minBatch); err != nil {
+		return err
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.unused = 1
 	m.addTableLocked()
-	m.startLocked(size, history{number: number + 1, base: number, generation: generation}, 0, false)
+	m.startLocked(size, h, 0, false)
 	// Last, so that a map that is there at all is complete.
-	encodeHeader(m.header(0), shift)
-	return m, nil
+	m.store(0, encodeHeader(m.header(0), m.shift))
+	return nil
 }
 
 // newMap is a map without a tree over mem.
@@ -110,7 +118,7 @@ func checkSize(size int64) error {
 // when Mark returns.
 func (m *Map) Mark(off, n int64) {
 	t := m.live.Load()
-	if t.seen(off, n) && m.live.Load() == t {
+	if m.seen(t, off, n) {
 		return
 	}
 	from, to := t.span(off, n)
@@ -127,6 +135,13 @@ func (m *Map) MarkAt(off, n int64, number uint64) {
 	defer m.leave(m.enter())
 	from, to := m.live.Load().span(off, n)
 	m.mark(from, to, number)
+}
+
+// seen says that a mark is there already, looked for in t, which was the live
+// map's tree when the caller came.
+func (m *Map) seen(t *tree, off, n int64) bool {
+	// Afterwards, for the same reason as in mark.
+	return t.seen(off, n) && m.live.Load() == t
 }
 
 // mark marks the tracking blocks [from, to) with at least number.
@@ -148,7 +163,7 @@ func (m *Map) mark(from, to int64, number uint64) {
 // question. Reset begins a generation that can be trusted.
 func (m *Map) Lost() bool { return m.live.Load().lost.Load() }
 
-// Number is the last snapshot's number.
+// Number is the last snapshot's number, or the one that Reset left out since.
 func (m *Map) Number() uint64 { return m.live.Load().number - 1 }
 
 // Base is what map bytes count from.

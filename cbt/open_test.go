@@ -118,7 +118,7 @@ func TestOpenRefuses(t *testing.T) {
 		{"another file", func(b []byte) { copy(b, "\x7fELF....") }, ErrNoMap},
 		{"newer version", func(b []byte) { b[headerVersion]++ }, ErrVersion},
 		{"tracking block size", func(b []byte) { b[headerShift]++ }, ErrDamaged},
-		{"impossible tracking block size", func(b []byte) { encodeHeader(b, maxShift+1) }, ErrDamaged},
+		{"impossible tracking block size", func(b []byte) { put(0, encodeHeader(b, maxShift+1))(b) }, ErrDamaged},
 		{"commit of the record before", put(headerLive, m.load(headerLive)-1), ErrDamaged},
 		{"commit of the record after", put(headerLive, m.load(headerLive)+1), ErrDamaged},
 		{"commit of a record far away", put(headerLive, 1<<32), ErrDamaged},
