@@ -16,11 +16,11 @@ import (
 // connection is an open connection in either phase.
 type connection struct {
 	server *Server
-	conn   net.Conn // the socket, also where TLS runs over it
-	client string
+	conn   net.Conn      // the socket, also where TLS runs over it
 	done   chan struct{} // closed when the connection has ended
 
-	// Set when the session begins; protected by server.mu.
+	// Protected by server.mu. The last two are set when the session begins.
+	client string
 	export string
 	lease  *lease
 }
@@ -77,7 +77,7 @@ func (c *connection) transmit(h *handshake) {
 	s, e := c.server, h.export
 	l := &lease{release: e.Release}
 	defer l.close()
-	if !c.register(e.Name, h.epoch, l) {
+	if !c.register(h, l) {
 		return
 	}
 	log := s.opts.Log.With("device", e.Name, "client", h.client)
@@ -106,17 +106,17 @@ func (c *connection) transmit(h *handshake) {
 	log.Info("disconnected")
 }
 
-// register makes the connection known as a client of export. It returns false
-// if Disconnect was called since epoch: the export may be one that was to have
-// no client.
-func (c *connection) register(export string, epoch uint64, l *lease) bool {
+// register makes the connection known as a client of the export that h chose.
+// It returns false if Disconnect was called since before that was opened: it
+// may be the one that was to have no client.
+func (c *connection) register(h *handshake, l *lease) bool {
 	s := c.server
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.epoch != epoch {
+	if s.epoch != h.epoch {
 		return false
 	}
-	c.export, c.lease = export, l
+	c.client, c.export, c.lease = h.client, h.export.Name, l
 	return true
 }
 

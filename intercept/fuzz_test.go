@@ -88,7 +88,8 @@ func mendRequests(data []byte, st style) []byte {
 			}
 		}
 		q, _ := parseRequest(p, st)
-		p = p[min(uint64(len(p)), uint64(st.requestSize())+q.payload(st)):]
+		p = p[st.requestSize():]
+		p = p[min(uint64(len(p)), q.payload(st)):]
 	}
 	return data
 }

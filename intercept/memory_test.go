@@ -36,6 +36,13 @@ func (m *memory) Size() int64 { return int64(len(m.data)) }
 
 func (m *memory) ReadOnly() bool { return m.readOnly }
 
+// content is a copy of all its bytes.
+func (m *memory) content() []byte {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	return bytes.Clone(m.data)
+}
+
 func (m *memory) enter(op string, off, n int64) error {
 	if m.before == nil {
 		return nil
