@@ -3,6 +3,7 @@
 package control
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 	"syscall"
@@ -105,11 +106,21 @@ func (d *Daemon) destroySnapshots(names []string, force bool) error {
 	return nil
 }
 
+// lateRelease is how long an image may still count as in use after its last
+// user has closed it. The kernel tells of a closed file, and a socket of a gone
+// client, some time later, and `cp IMAGE COPY; rmdir SNAPSHOT` has to work.
+const lateRelease = 250 * time.Millisecond
+
 // destroy destroys a snapshot. It is refused with EBUSY while one of its images
 // is open or exported to a client, unless force is set: then those who use it
 // get errors from now on.
 func (d *Daemon) destroy(name string, force bool) error {
-	if err := d.destroyChanging(name, force); err != nil {
+	err := d.destroyChanging(name, force)
+	for begun := time.Now(); errors.Is(err, syscall.EBUSY) && time.Since(begun) < lateRelease; {
+		time.Sleep(time.Millisecond)
+		err = d.destroyChanging(name, force)
+	}
+	if err != nil {
 		return err
 	}
 	d.record("snapshot-destroyed", "", name, "")
