@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"sync"
 	"syscall"
 	"testing"
 
@@ -181,11 +182,32 @@ func TestNameUsedAgain(t *testing.T) {
 }
 
 // A script that reads an image and destroys its snapshot in the next line must
-// not meet the kernel's late release of the file.
+// not meet the kernel's late release of the file, also on a busy machine.
 func TestDestroyRightAfterReading(t *testing.T) {
 	needRoot(t)
 	d, _ := serveOrigin(t, 4*miB)
-	for n := range 100 {
+	mkdir(t, d.snapshot("other"))
+	stop := make(chan struct{})
+	var readers sync.WaitGroup
+	defer readers.Wait()
+	defer close(stop)
+	for range 4 {
+		readers.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				if _, err := os.ReadFile(d.snapshot("other", "vda.img")); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+
+	for n := range 200 {
 		mkdir(t, d.snapshot("s1"))
 		if _, err := os.ReadFile(d.snapshot("s1", "vda.img")); err != nil {
 			t.Fatal(err)

@@ -182,7 +182,7 @@ func TestCommandsRefuse(t *testing.T) {
 		{"device add vdb=/nowhere/vdb.img", 1, "/nowhere/vdb.img"},
 		{"cbt show vdz", 1, "vdz"},
 		{"cbt extents vdz --since 0", 1, "vdz"},
-		{"cbt extents vda --since yesterday", 2, "since"},
+		{"cbt extents vda --since yesterday", 2, "yesterday"},
 		{"cbt extents vda", 2, "since"},
 		{"cbt extents vda --since 999999999", 3, "999999999"},
 		{"cbt extents vda --since all --at nightly", 1, "nightly"},
