@@ -73,17 +73,11 @@ func resolve(dir string) (string, error) {
 
 // checkEmpty fails unless path is an empty directory.
 func checkEmpty(path string) error {
-	fi, err := os.Stat(path)
+	d, err := os.OpenFile(path, os.O_RDONLY|syscall.O_DIRECTORY, 0)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return fmt.Errorf("mount point %s does not exist: %w", path, fs.ErrNotExist)
 	case err != nil:
-		return fmt.Errorf("mount point: %w", err)
-	case !fi.IsDir():
-		return fmt.Errorf("mount point %s: %w", path, syscall.ENOTDIR)
-	}
-	d, err := os.Open(path)
-	if err != nil {
 		return fmt.Errorf("mount point: %w", err)
 	}
 	defer d.Close()

@@ -33,7 +33,7 @@ func TestKernelIsTold(t *testing.T) {
 	}
 	eventually(t, "the tree's nodes", func() error {
 		for parent, name := range map[string]string{"devices": "vdb", "snapshots": "one"} {
-			if n := tree.top.GetChild(parent).GetChild(name); n != nil && !n.Forgotten() {
+			if n := tree.top.GetChild(parent).GetChild(name); n != nil {
 				return fmt.Errorf("%s is still known", name)
 			}
 		}

@@ -11,6 +11,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // manyRuns is change tracking of a device with n runs after snapshot 4.
@@ -38,21 +40,36 @@ func TestSinceNames(t *testing.T) {
 		"2": false, "8": false, "04": false, "+4": false, "-4": false, "4 ": false, "0x4": false,
 		"ALL": false, "": true, "18446744073709551616": false, "99999999999999999999999": false,
 	} {
-		_, err := os.Stat(filepath.Join(since, name))
-		if got := err == nil; got != there || err != nil && !errors.Is(err, os.ErrNotExist) {
-			t.Errorf("stat since/%s\n got %v\nwant found %v", name, err, there)
+		fd, err := unix.Open(filepath.Join(since, name), unix.O_PATH, 0) // a lookup, no more
+		if err == nil {
+			unix.Close(fd)
+		}
+		if got := err == nil; got != there || err != nil && err != unix.ENOENT {
+			t.Errorf("lookup of since/%s\n got %v\nwant found %v", name, err, there)
+		}
+		if _, err := os.Stat(filepath.Join(since, name)); (err == nil) != there {
+			t.Errorf("stat of since/%s\n got %v\nwant found %v", name, err, there)
 		}
 	}
 }
 
-// TestSinceListingComputesNothing counts how often the runs are read.
+// TestSinceListingComputesNothing counts how often the runs are read, and looks
+// whether a listing makes nodes.
 func TestSinceListingComputesNothing(t *testing.T) {
 	src := newFakeSource()
 	changes := manyRuns(1000)
 	src.add("vda", make([]byte, 8192)).set(changes)
-	_, dir := mountFake(t, src)
+	tree, dir := mountFake(t, src)
 	since := filepath.Join(dir, "devices/vda/cbt/since")
 
+	run(t, since, "ls")
+	n := tree.top.EmbeddedInode()
+	for _, name := range []string{"devices", "vda", "cbt", "since"} {
+		n = n.GetChild(name)
+	}
+	if got := len(n.Children()); got != 0 {
+		t.Errorf("ls made %d nodes", got)
+	}
 	for _, tc := range []struct {
 		command string
 		want    int64
@@ -85,6 +102,9 @@ func TestSinceStaysWhileOpen(t *testing.T) {
 	before := lines(t, must(manyRuns(5000).Since(4)))
 	after := lines(t, must(manyRuns(70000).Since(4)))
 
+	if fi, err := os.Stat(name); err != nil || fi.Size() != int64(len(before)) {
+		t.Errorf("stat of the closed file: %v %v, want %d bytes", fi.Size(), err, len(before))
+	}
 	first := open(t, name)
 	same := open(t, name)
 	checkSize(t, "first", first, before)

@@ -317,6 +317,27 @@ func TestLiveLines(t *testing.T) {
 	read("stopping\n")
 }
 
+// TestLiveStates breaks an image and its snapshot: the states in the snapshot's
+// directory say so, which the kernel had seen before.
+func TestLiveStates(t *testing.T) {
+	src := newFakeSource()
+	src.add("vda", make([]byte, 8192))
+	src.Take("one")
+	_, dir := mountFake(t, src)
+	check := func(want string) {
+		t.Helper()
+		if got := run(t, dir+"/snapshots/one", "stat -c %%s state vda.state; cat state vda.state"); got != want {
+			t.Errorf("sizes of the states, and what they say\n got %q\nwant %q", got, want)
+		}
+	}
+	check("3\n3\nok\nok\n")
+	broken := "overflowed"
+	snap := src.snaps["one"]
+	snap.state.Store(&broken)
+	snap.images["vda"].destroyed.Store(true)
+	check("11\n18\noverflowed\nfailed: destroyed\n")
+}
+
 // TestMapGrows resizes the device under an open map.
 func TestMapGrows(t *testing.T) {
 	src := newFakeSource()
@@ -332,6 +353,24 @@ func TestMapGrows(t *testing.T) {
 	_, err := os.Open(fmt.Sprintf("/proc/self/fd/%d", same.Fd()))
 	wantErrno(t, "open the old map again", err, syscall.ESTALE)
 	checkContent(t, "opened before, later", same, strings.Repeat("\x00\x02", 100))
+}
+
+// TestMapIsCopiedAgain copies a map by rsync, which compares size and time (with
+// -1 to the nanosecond), each time after the map has changed.
+func TestMapIsCopiedAgain(t *testing.T) {
+	need(t, "rsync")
+	src := newFakeSource()
+	vda := src.add("vda", make([]byte, 1<<20))
+	_, dir := mountFake(t, src)
+	tmp := t.TempDir()
+	for i := range int64(4) {
+		vda.write([]byte{1}, i*65536)
+		run(t, dir, "rsync -a --modify-window=-1 devices/vda/cbt/map %s/copy", tmp)
+		got, err := os.ReadFile(tmp + "/copy")
+		if want := vda.Changes().(*fakeChanges).m; err != nil || !bytes.Equal(got, want) {
+			t.Errorf("copy %d\n got %v %v\nwant %v", i, got, err, want)
+		}
+	}
 }
 
 // TestDevicesComeAndGo removes a device and adds another by its name.

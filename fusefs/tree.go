@@ -136,7 +136,7 @@ func (t *Tree) serverOptions() *fuse.MountOptions {
 		MaxWrite:           maxIO,
 		MaxBackground:      64,
 		DisableXAttrs:      true,
-		DisableReadDirPlus: true, // it would stat, and so compute, what is listed
+		DisableReadDirPlus: true, // it would make a node of all that is listed
 		DisableSplice:      true, // what is read comes from buffers
 		ExtraCapabilities:  fuse.CAP_ASYNC_DIO | fuse.CAP_DIRECT_IO_ALLOW_MMAP,
 		Logger:             slog.NewLogLogger(t.log.Handler(), slog.LevelDebug),

@@ -19,8 +19,8 @@ const grace = 200 * time.Millisecond
 
 // How unmount goes about it.
 const (
-	gentle = 0                                // only if nothing is open
-	detach = unix.MNT_DETACH | unix.MNT_FORCE // take it away from who has it open
+	gentle = 0               // only if nothing is open
+	detach = unix.MNT_DETACH // take the name away, whatever is open
 )
 
 // Unmount unmounts the tree and waits until no request is served any more. What
@@ -90,25 +90,61 @@ func (t *Tree) mounted(ctx context.Context) (bool, error) {
 
 // takeAway unmounts what is in use.
 func (t *Tree) takeAway(ctx context.Context) error {
-	if err := unmount(ctx, t.dir, detach); err != nil || os.Geteuid() == 0 {
-		return err // for root detach has ended the connection, too
+	if err := unmount(ctx, t.dir, detach); err != nil {
+		return err
 	}
 	return t.abort()
 }
 
 // abort ends the connection to the kernel: all that use it get errors.
 func (t *Tree) abort() error {
-	_, minor, _ := strings.Cut(t.dev, ":")
-	err := os.WriteFile("/sys/fs/fuse/connections/"+minor+"/abort", []byte("1"), 0)
+	err := abort(t.dev)
 	select {
 	case <-t.done:
-		return nil // it ended by itself meanwhile
+		return nil // it has ended, by this or by itself
 	default:
 	}
 	if err != nil {
 		return fmt.Errorf("its files are open and stay so until this process ends: %w", err)
 	}
 	return nil
+}
+
+// abort ends the connection that the mount with this device number has. It is
+// ended by a file in the fusectl file system; who is privileged needs not have
+// that mounted.
+func abort(dev string) error {
+	_, minor, _ := strings.Cut(dev, ":")
+	control := unix.AT_FDCWD
+	name := "/sys/fs/fuse/connections/" + minor + "/abort"
+	if os.Geteuid() == 0 {
+		fd, err := fusectl()
+		if err != nil {
+			return fmt.Errorf("open fusectl: %w", err)
+		}
+		defer unix.Close(fd)
+		control, name = fd, minor+"/abort"
+	}
+	fd, err := unix.Openat(control, name, unix.O_WRONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("open %s: %w", name, err)
+	}
+	defer unix.Close(fd)
+	_, err = unix.Write(fd, []byte("1"))
+	return err
+}
+
+// fusectl returns a file descriptor of the fusectl file system, mounted nowhere.
+func fusectl() (int, error) {
+	config, err := unix.Fsopen("fusectl", unix.FSOPEN_CLOEXEC)
+	if err != nil {
+		return -1, err
+	}
+	defer unix.Close(config)
+	if err := unix.FsconfigCreate(config); err != nil {
+		return -1, err
+	}
+	return unix.Fsmount(config, unix.FSMOUNT_CLOEXEC, 0)
 }
 
 // unmount unmounts what is on path, by fusermount3 where we are not privileged.
