@@ -147,6 +147,7 @@ func (c *crowd) view(rng *rand.Rand) {
 	}
 	c.mu.Unlock()
 	for _, v := range views {
+		v.ReadMap(make([]byte, v.Blocks()), 0)
 		runs, ok := v.Since(v.Number() - min(v.Number()-v.Base(), 3))
 		if !ok {
 			c.t.Errorf("recent changes refused; base %d, number %d", v.Base(), v.Number())

@@ -17,11 +17,9 @@ var errUnprepared = errors.New("no memory was prepared for a frozen map")
 // and some memory for the copies that the first marks after it make. It is
 // called before writes are held up.
 func (m *Map) Prepare() error {
-	m.mu.Lock()
+	m.reap()
 	// What was marked since the last snapshot is likely to be marked again.
-	want := min(m.made+minBatch, maxBatch)
-	m.mu.Unlock()
-	err := m.fill(want)
+	err := m.fill(m.lately() + minBatch)
 
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -83,12 +81,17 @@ func (m *Map) nextBase(h history) uint64 {
 func (m *Map) Reset(generation uuid.UUID) {
 	m.turning.Lock()
 	defer m.turning.Unlock()
+	m.restart(generation)
+	m.reap()
+}
+
+// restart is the short part of Reset.
+func (m *Map) restart(generation uuid.UUID) {
 	m.mu.Lock()
+	defer m.mu.Unlock()
 	was := m.live.Load()
 	m.startLocked(was.size, history{number: was.number + 1, base: was.number, generation: generation}, 0, false)
 	m.retireLocked(was)
-	m.mu.Unlock()
-	m.reap()
 }
 
 // Resize sets the device's size in bytes, a multiple of 512. What a growing
@@ -129,7 +132,7 @@ func (m *Map) startLocked(size int64, h history, root link, lost bool) {
 	t.root.Store(uint64(root))
 	t.lost.Store(lost)
 	if was := m.live.Swap(t); was != nil {
-		was.over.Store(true)
+		was.over = true
 	}
 	// No marker runs, so none holds a link to what was replaced; readers may.
 	m.dropLocked(m.replaced)
@@ -143,7 +146,7 @@ func (m *Map) goOnLocked(t *tree, size int64, epoch uint64) {
 	next.root.Store(t.root.Load())
 	next.lost.Store(t.lost.Load())
 	m.live.Store(next)
-	t.over.Store(true)
+	t.over = true
 }
 
 // frozenLocked is the frozen map of a record that is not, or no longer, the
@@ -159,7 +162,7 @@ func (m *Map) frozenLocked(size int64, h history, record int64, root link, lost 
 // retireLocked ends the use of the tree t. Its record is free at once; its
 // nodes are when no reader can be among them any more.
 func (m *Map) retireLocked(t *tree) {
-	t.over.Store(true)
+	t.over = true
 	if t.record != 0 {
 		m.store(t.record+recordState, stateFree)
 		m.records = append(m.records, t.record)

@@ -3,7 +3,6 @@
 package cbt
 
 import (
-	"errors"
 	"fmt"
 	"math"
 	"sync"
@@ -15,9 +14,6 @@ import (
 // DefaultBlock is the size of a tracking block in bytes where nobody asks for
 // another.
 const DefaultBlock = 64 << 10
-
-// errClosed says that the map was closed.
-var errClosed = errors.New("changed-block map is closed")
 
 // Map is the live map of a device. Its methods may be called from many
 // goroutines at once, with one restriction: no Mark may run during Freeze or

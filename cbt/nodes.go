@@ -1,27 +1,16 @@
-// The nodes of a map's memory: handing them out, counting who uses them, and
-// getting more memory before a writer has to wait for it.
+// The nodes of a map's memory: handing them out and counting who uses them.
 
 package cbt
 
 import (
 	"encoding/binary"
-	"fmt"
 	"sync"
 	"sync/atomic"
-
-	"golang.org/x/sys/unix"
 )
 
-const (
-	// minBatch and maxBatch bound how many nodes memory grows by at once:
-	// 65 KiB for a small device, 17 MiB (some 5 ms) for a large one.
-	minBatch = 16
-	maxBatch = 4096
-
-	// reapBatch is how many counts are given back under mu before a writer
-	// that waits for it gets its turn.
-	reapBatch = 256
-)
+// reapBatch is how many counts are given back under mu before a writer that
+// waits for it gets its turn.
+const reapBatch = 256
 
 // nodes hands out the nodes of a memory.
 type nodes struct {
@@ -59,15 +48,9 @@ type nodes struct {
 	dead [][]node
 }
 
-// available is how many nodes can be had without more memory. The caller
-// holds mu.
+// availableLocked is how many nodes can be had without more memory.
 func (s *nodes) availableLocked() int {
 	return len(s.free) + len(s.counts) - int(s.unused)
-}
-
-// batchLocked is how many nodes memory should grow by: an eighth of what it has.
-func (s *nodes) batchLocked() int {
-	return min(max(len(s.counts)/8, minBatch), maxBatch)
 }
 
 // allocLocked returns a node that is counted once, and false if there is none.
@@ -165,7 +148,8 @@ func (s *nodes) reap() {
 	}
 }
 
-func (s *nodes) reapSome() (more bool) {
+// reapSome gives back some counts, and returns false if there are none.
+func (s *nodes) reapSome() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for range reapBatch {
@@ -181,59 +165,4 @@ func (s *nodes) reapSome() (more bool) {
 		s.uncountLocked(no)
 	}
 	return true
-}
-
-// fill sees to it that at least want nodes are available, and returns the
-// error of growing memory if they are not.
-func (s *nodes) fill(want int) error {
-	s.growing.Lock()
-	defer s.growing.Unlock()
-	s.reap()
-
-	s.mu.Lock()
-	n := want - s.availableLocked()
-	batch := s.batchLocked()
-	s.mu.Unlock()
-	if n <= 0 {
-		return nil
-	}
-	return s.grow(max(n, batch))
-}
-
-// grow adds n nodes. The caller holds growing.
-func (s *nodes) grow(n int) error {
-	s.mu.Lock()
-	have, closed := len(s.counts), s.closed
-	s.mu.Unlock()
-	if closed {
-		return errClosed
-	}
-	if have+n > maxNodes {
-		return fmt.Errorf("grow a changed-block map beyond %d nodes: %w", maxNodes, unix.ENOSPC)
-	}
-	if need := node(have+n).offset() - s.mem.Len(); need > 0 {
-		if err := s.mem.Grow(need); err != nil {
-			return err
-		}
-	}
-	total := min(s.mem.Len()/nodeSize, maxNodes)
-
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.counts = append(s.counts, make([]uint32, int(total)-have)...)
-	return nil
-}
-
-// fillSoon gets more memory in the background if less than half a batch is
-// left.
-func (s *nodes) fillSoonLocked() {
-	if s.closed || s.availableLocked() >= s.batchLocked()/2 || !s.filling.CompareAndSwap(false, true) {
-		return
-	}
-	want := s.batchLocked()
-	s.fillers.Go(func() {
-		defer s.filling.Store(false)
-		// Who needs the memory asks again, and gets the error.
-		_ = s.fill(want)
-	})
 }

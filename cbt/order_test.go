@@ -1,6 +1,8 @@
 package cbt
 
 import (
+	"bytes"
+	"fmt"
 	"runtime"
 	"slices"
 	"testing"
@@ -85,84 +87,120 @@ func TestMarkAtDuringFreeze(t *testing.T) {
 	wantChanged(t, v, 0, want...)
 }
 
-// reuse marks the whole device in several intervals, so that every node that
-// is free is used for something else.
-func reuse(t *testing.T, m *Map) {
-	t.Helper()
-	for range 3 {
-		f := freeze(t, m)
-		m.Mark(0, m.Size())
-		f.Release()
+// spoil fills all nodes that are free with a byte: zeroes look like a map in
+// which nothing changed, 0xff leads whoever follows a link out of memory.
+func spoil(m *Map, with byte) {
+	m.reap()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, no := range m.free {
+		copy(m.header(no), bytes.Repeat([]byte{with}, nodeHeader))
+		copy(m.data(no), bytes.Repeat([]byte{with}, nodeData))
 	}
 }
 
-// TestReleaseDuringSince releases a frozen map and a view while they are read,
-// and uses all nodes again that are free then: readers must not see it.
+// spoilt runs test with both.
+func spoilt(t *testing.T, test func(t *testing.T, with byte)) {
+	for _, with := range []byte{0, 0xff} {
+		t.Run(fmt.Sprintf("%#02x", with), func(t *testing.T) { test(t, with) })
+	}
+}
+
+// scattered returns a map that is marked in all its leaves, and where.
+func scattered(t *testing.T) (m *Map, marked [][2]int64) {
+	m = newTestMap(t, newHeap(16<<20), 8*leafSpan)
+	for off := int64(0); off < m.Size(); off += leafSpan / 4 {
+		m.Mark(off, 1)
+		marked = append(marked, [2]int64{off, block})
+	}
+	return m, marked
+}
+
+// leave makes the live map give up all its nodes.
+func leave(t *testing.T, m *Map) {
+	t.Helper()
+	f := freeze(t, m)
+	m.Mark(0, m.Size())
+	f.Release()
+	freeze(t, m).Release()
+}
+
+// TestReleaseDuringSince releases a frozen map and a view that are alone in
+// using their nodes while they are read: their reader must not see it.
 func TestReleaseDuringSince(t *testing.T) {
-	for _, tc := range []struct {
-		name string
-		take func(m *Map) *View
-	}{
-		{"view", (*Map).View},
-		{"frozen", func(m *Map) *View { return &freeze(t, m).View }},
+	for name, take := range map[string]func(m *Map) *View{
+		"view":   (*Map).View,
+		"frozen": func(m *Map) *View { return &freeze(t, m).View },
 	} {
-		t.Run(tc.name, func(t *testing.T) {
-			m := newTestMap(t, newHeap(16<<20), 8*leafSpan)
-			var want [][2]int64
-			for off := int64(0); off < m.Size(); off += leafSpan / 4 {
-				m.Mark(off, 1)
-				want = append(want, [2]int64{off, block})
-			}
-			other := m.View()
-			m.Mark(0, 1)
-			m.Mark(m.Size()-block, 1)
-			want = append(want, [2]int64{m.Size() - block, block})
-			v := tc.take(m)
-			runs, _ := v.Since(0)
-			var got [][2]int64
-			for off, n := range runs {
-				if len(got) == 1 {
-					other.Release() // another grace period begins
-					v.Release()
-					reuse(t, m)
+		t.Run(name, func(t *testing.T) {
+			spoilt(t, func(t *testing.T, with byte) {
+				m, want := scattered(t)
+				other := m.View()
+				v := take(m)
+				leave(t, m)
+				runs, _ := v.Since(0)
+				var got [][2]int64
+				for off, n := range runs {
+					if len(got) == 1 {
+						other.Release() // ends a grace period
+						v.Release()
+						leave(t, m)
+						spoil(m, with)
+					}
+					got = append(got, [2]int64{off, n})
 				}
-				got = append(got, [2]int64{off, n})
-			}
-			if !slices.Equal(got, want) {
-				t.Errorf("changed\n got %v\nwant %v", got, want)
-			}
+				if !slices.Equal(got, want) {
+					t.Errorf("changed\n got %v\nwant %v", got, want)
+				}
+			})
 		})
 	}
 }
 
-// TestFrozenMarkDuringSince marks a frozen map while it is read. The nodes
-// that the mark takes out of it are used by nobody else.
+// TestFrozenMarkDuringSince marks a frozen map while it is read. Only its
+// reader still uses the nodes that the mark takes out of it.
 func TestFrozenMarkDuringSince(t *testing.T) {
-	m := newTestMap(t, newHeap(16<<20), 8*leafSpan)
-	var want [][2]int64
-	for off := int64(0); off < m.Size(); off += leafSpan / 4 {
-		m.Mark(off, 1)
-		want = append(want, [2]int64{off, block})
-	}
-	f := freeze(t, m)
-	defer f.Release()
-	reuse(t, m)
-	var got [][2]int64
-	runs, _ := f.Since(0)
-	for off, n := range runs {
-		if len(got) == 1 {
-			for _, run := range want {
-				f.Mark(run[0], 1, f.Number())
-				f.Mark(run[0]+leafSpan/8, 1, f.Number())
+	spoilt(t, func(t *testing.T, with byte) {
+		m, want := scattered(t)
+		f := freeze(t, m)
+		defer f.Release()
+		leave(t, m)
+		var got [][2]int64
+		runs, _ := f.Since(0)
+		for off, n := range runs {
+			if len(got) == 1 {
+				f.Mark(leafSpan/8, 1, f.Number())
+				f.Mark(leafSpan+leafSpan/8, 1, f.Number())
+				spoil(m, with)
 			}
-			reuse(t, m)
+			if off%(leafSpan/4) == 0 {
+				got = append(got, [2]int64{off, n})
+			}
 		}
-		if off%(leafSpan/4) == 0 {
-			got = append(got, [2]int64{off, n})
+		if !slices.Equal(got, want) {
+			t.Errorf("changed\n got %v\nwant %v", got, want)
+		}
+	})
+}
+
+// TestReleaseDuringFrozenMark releases a frozen map between two words of a
+// mark: the leaf that the mark is in must not be free yet.
+func TestReleaseDuringFrozenMark(t *testing.T) {
+	m, _ := scattered(t)
+	f := freeze(t, m)
+	f.Mark(block, 1, 1) // the leaf is its own from here on
+	leaf := f.t.leaf(0).node()
+	m.stepped = func() {
+		m.stepped = nil
+		f.Release()
+		if m.counts[leaf] == 0 {
+			t.Error("the leaf is free while a marker is in it")
 		}
 	}
-	if !slices.Equal(got, want) {
-		t.Errorf("changed\n got %v\nwant %v", got, want)
+	f.Mark(0, 16*block, 1)
+	m.reap()
+	if m.counts[leaf] != 0 {
+		t.Error("the leaf is not free when the marker has left")
 	}
 }
 
@@ -191,35 +229,30 @@ func TestReplacedNodeOutlivesMarkers(t *testing.T) {
 	}
 }
 
-// TestAfterRelease uses a frozen map that was released, whose nodes are used
-// for something else by now.
+// TestAfterRelease uses a frozen map that was released, whose nodes hold
+// something else by now.
 func TestAfterRelease(t *testing.T) {
-	m := newTestMap(t, newHeap(16<<20), 4*leafSpan)
-	m.Mark(0, 1)
-	f := freeze(t, m)
-	f.Mark(leafSpan, 1, 1)
-	runs, ok := f.Since(1)
-	f.Release()
-	f.Release()
-	reuse(t, m)
-	before := m.View()
-	want := changed(t, before, before.Number()-1)
-	before.Release()
+	spoilt(t, func(t *testing.T, with byte) {
+		m, _ := scattered(t)
+		f := freeze(t, m)
+		leave(t, m)
+		runs, ok := f.Since(1)
+		f.Release()
+		f.Release()
+		spoil(m, with)
 
-	f.Mark(leafSpan, 1, 1)
-	if n := f.ReadMap(make([]byte, 1), 0); n != 0 {
-		t.Errorf("read %d bytes of a released map", n)
-	}
-	var got [][2]int64
-	for off, n := range runs {
-		got = append(got, [2]int64{off, n})
-	}
-	if all := [][2]int64{{0, m.Size()}}; !ok || !slices.Equal(got, all) {
-		t.Errorf("changed in a released map\n got %v\nwant everything, %v", got, all)
-	}
-	v := m.View()
-	defer v.Release()
-	wantChanged(t, v, v.Number()-1, want...)
+		f.Mark(leafSpan, 1, 1)
+		if n := f.ReadMap(make([]byte, 1), 0); n != 0 {
+			t.Errorf("read %d bytes of a released map", n)
+		}
+		var got [][2]int64
+		for off, n := range runs {
+			got = append(got, [2]int64{off, n})
+		}
+		if all := [][2]int64{{0, m.Size()}}; !ok || !slices.Equal(got, all) {
+			t.Errorf("changed in a released map\n got %v\nwant everything, %v", got, all)
+		}
+	})
 }
 
 // TestUnreachableView forgets views without releasing them.

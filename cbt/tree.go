@@ -23,9 +23,9 @@ type tree struct {
 	// lost is set before a mark that could not be set returns.
 	lost atomic.Bool
 
-	// over is set under nodes.mu once nothing may be marked here any more:
-	// the live map goes on in another tree, or nobody needs this one.
-	over atomic.Bool
+	// over is set once nothing may be marked here any more: the live map goes
+	// on in another tree, or nobody needs this one. Protected by nodes.mu.
+	over bool
 }
 
 // blocks is how many tracking blocks the device has.
@@ -93,8 +93,7 @@ func (t *tree) mark(from, to int64, number uint64) {
 				b = end
 				continue
 			}
-			var ok bool
-			if l, ok = t.own(b); !ok {
+			if l = t.own(b); l == 0 {
 				return
 			}
 		}
@@ -149,19 +148,12 @@ func (t *tree) marked(l link, from, to int64, number uint64) bool {
 }
 
 // own returns the leaf that holds block once it is the tree's own, copying
-// what is not on the way to it. It returns false if the tree is over or lost.
-func (t *tree) own(block int64) (link, bool) {
+// what is not on the way to it. It returns 0 if the tree is over or lost.
+func (t *tree) own(block int64) link {
 	for {
-		t.mu.Lock()
-		if t.over.Load() || t.lost.Load() {
-			t.mu.Unlock()
-			return 0, false
-		}
-		l, ok := t.ownLocked(block)
-		t.fillSoonLocked()
-		t.mu.Unlock()
+		l, ok := t.tryOwn(block)
 		if ok {
-			return l, true
+			return l
 		}
 		// What was copied so far stays, so a few nodes are enough to go on.
 		if err := t.fill(minBatch); err != nil {
@@ -170,7 +162,20 @@ func (t *tree) own(block int64) (link, bool) {
 	}
 }
 
-// ownLocked does what own says, or returns false where a node is missing.
+// tryOwn is own for as long as there are nodes. It returns false where there
+// are none.
+func (t *tree) tryOwn(block int64) (link, bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock() // also where memory faults and the caller recovers
+	if t.over || t.lost.Load() {
+		return 0, true
+	}
+	l, ok := t.ownLocked(block)
+	t.fillSoonLocked()
+	return l, ok
+}
+
+// ownLocked returns the leaf as own does, or false where a node is missing.
 func (t *tree) ownLocked(block int64) (link, bool) {
 	if !t.raiseRootLocked(block) {
 		return 0, false
@@ -255,7 +260,7 @@ func (t *tree) replaceLocked(old link) {
 func (t *tree) lose() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if !t.over.Load() {
+	if !t.over {
 		t.store(t.record+recordState, stateLost)
 		t.lost.Store(true)
 	}

@@ -142,7 +142,7 @@ func (v *View) Release() {
 func (m *Map) forget(t *tree) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if !t.over.Load() {
+	if !t.over {
 		m.retireLocked(t)
 	}
 }
