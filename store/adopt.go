@@ -104,7 +104,7 @@ func (p *Pool) sweep(l *ledger) error {
 // slots keep their backing anyway they can be used at once.
 func (l *ledger) claimHeld(data int64) {
 	end := min(l.traits.Held, l.swept+pageSlots)
-	l.claim.masks = l.claim.masks[:0]
+	l.claim.end()
 	for ; l.swept < end; l.swept++ {
 		switch free := !l.inUse.has(l.swept); {
 		case l.traits.Coarse && free:
@@ -123,7 +123,7 @@ func (l *ledger) claimHeld(data int64) {
 
 // claimNext claims what is not in use of the slots from swept to end.
 func (l *ledger) claimNext(end int64) {
-	l.claim.first = l.swept
+	l.claim.begin(l.swept)
 	for ; l.swept < end; l.swept++ {
 		l.claim.masks = append(l.claim.masks, ^l.slot(l.swept).used)
 	}

@@ -180,7 +180,7 @@ func TestDiscardBesideUse(t *testing.T) {
 			}
 		}
 		punches := 0
-		var taken []Slot
+		taken := make(map[Slot]uint16)
 		f.set(func(op string, _, _ int64) error {
 			if op != "punch" {
 				return nil
@@ -199,7 +199,13 @@ func TestDiscardBesideUse(t *testing.T) {
 				p.Free(s, 0b10)
 			}
 			for range 20 {
-				taken = append(taken, allocOne(t, p, 0b1), allocOne(t, p, AllBlocks))
+				for _, mask := range []uint16{0b10, AllBlocks} {
+					s := allocOne(t, p, mask)
+					if err := p.WriteAt(s, []byte{byte(s)}, BlockSize); err != nil {
+						t.Error(err)
+					}
+					taken[s] = mask
+				}
 			}
 			return nil
 		})
@@ -209,6 +215,12 @@ func TestDiscardBesideUse(t *testing.T) {
 		f.set(nil)
 		if err := p.Check(); err != nil {
 			t.Fatalf("step %d: %v", step, err)
+		}
+		for s := range taken {
+			b := make([]byte, 1)
+			if err := p.ReadAt(s, b, BlockSize); err != nil || b[0] != byte(s) {
+				t.Fatalf("step %d: block 1 of slot %v: %v\n got %d\nwant %d", step, s, err, b[0], byte(s))
+			}
 		}
 		if punches < step {
 			t.Logf("the last punch was number %d", punches)

@@ -48,15 +48,18 @@ func OpenDev(path string, force bool) (_ Part, err error) {
 	if err != nil {
 		return nil, cause(err)
 	}
-	p := &devPart{disk: disk{f: f}}
-	if err := p.open(path, force); err != nil {
+	p := &devPart{}
+	if err := p.open(f, path, force); err != nil {
 		f.Close()
 		return nil, err
 	}
 	return p, nil
 }
 
-func (p *devPart) open(path string, force bool) error {
+func (p *devPart) open(f *os.File, path string, force bool) error {
+	if err := p.use(f); err != nil {
+		return err
+	}
 	size, err := p.f.Seek(0, io.SeekEnd)
 	if err != nil {
 		return cause(err)
@@ -110,7 +113,7 @@ func (p *devPart) Punch(off, n int64) error {
 		return nil
 	}
 	span := [2]uint64{uint64(dataStart + off), uint64(n)}
-	err := control(p.f, func(fd int) error {
+	err := p.control(func(fd int) error {
 		_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.BLKDISCARD, uintptr(unsafe.Pointer(&span)))
 		if errno != 0 {
 			return errno

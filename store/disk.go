@@ -24,12 +24,28 @@ import (
 // one: which page it was is not said.
 type disk struct {
 	f      *os.File
+	conn   syscall.RawConn
 	traits Traits
 
 	// mu is held while the kernel is asked, which does not wait, so that
 	// nobody is told that all is well before lost is set.
 	mu   sync.Mutex
 	lost error
+	ask  func(fd uintptr) // asks; made once, because every read needs it
+}
+
+func (d *disk) use(f *os.File) error {
+	conn, err := f.SyscallConn()
+	if err != nil {
+		return err
+	}
+	d.f, d.conn = f, conn
+	d.ask = func(fd uintptr) {
+		// Waits for nothing, because the header is written at once, but
+		// reports errors of the whole file since it last did.
+		d.lost = unix.SyncFileRange(int(fd), 0, headerSize, unix.SYNC_FILE_RANGE_WAIT_BEFORE)
+	}
+	return nil
 }
 
 func (d *disk) Traits() Traits { return d.traits }
@@ -55,14 +71,12 @@ func (d *disk) writeBackError() error {
 	if d.lost != nil {
 		return d.lost
 	}
-	// Waits for nothing, because the header is written at once, but reports
-	// errors of the whole file since it last did.
-	err := control(d.f, func(fd int) error {
-		return unix.SyncFileRange(fd, 0, headerSize, unix.SYNC_FILE_RANGE_WAIT_BEFORE)
-	})
-	if err != nil {
+	if err := d.conn.Control(d.ask); err != nil {
+		return err
+	}
+	if d.lost != nil {
 		// ENOSPC here is not for somebody who could write elsewhere.
-		d.lost = fmt.Errorf("an earlier write did not reach the disk (%v): %w", err, unix.EIO)
+		d.lost = fmt.Errorf("an earlier write did not reach the disk (%v): %w", d.lost, unix.EIO)
 	}
 	return d.lost
 }
@@ -81,21 +95,17 @@ func (d *disk) writeHeader(h header) error {
 
 func (d *disk) Close() error { return d.f.Close() }
 
-// control calls fn with the descriptor of f, which stays open until fn returns.
-func control(f *os.File, fn func(fd int) error) error {
-	conn, err := f.SyscallConn()
-	if err != nil {
-		return err
-	}
-	var inner error
-	err = conn.Control(func(fd uintptr) {
+// control calls fn with the descriptor of the file, which stays open until fn
+// returns, again if a signal ended it.
+func (d *disk) control(fn func(fd int) error) (err error) {
+	closed := d.conn.Control(func(fd uintptr) {
 		for {
-			if inner = fn(int(fd)); inner != unix.EINTR {
+			if err = fn(int(fd)); err != unix.EINTR {
 				return
 			}
 		}
 	})
-	return cmp.Or(err, inner)
+	return cmp.Or(closed, err)
 }
 
 // cause takes the operation and the path, which the caller names, off err.

@@ -5,27 +5,17 @@ package store
 import (
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
-	"path/filepath"
 	"sync"
 	"sync/atomic"
-	"syscall"
 
-	"github.com/google/uuid"
 	"golang.org/x/sys/unix"
 )
 
-const (
-	// growStep is by how much the file is made longer at a time, without
-	// backing. Writes that do not move the end of the file cost less, and
-	// no file system prepares for more of them.
-	growStep = 1 << 30
-
-	// minDefaultLimit is the smallest limit that is chosen for a user who
-	// gave none.
-	minDefaultLimit = 16 << 20
-)
+// growStep is by how much the file is made longer at a time, without backing.
+// Writes that do not move the end of the file cost less, and no file system
+// prepares for more of them.
+const growStep = 1 << 30
 
 // filePart is a sparse file: blocks get backing when they are first written
 // and lose it when they are punched.
@@ -57,8 +47,8 @@ func OpenFile(path string, limit int64, force bool) (_ Part, err error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &filePart{disk: disk{f: f}}
-	if err = p.open(path, limit, force); err != nil {
+	p := &filePart{}
+	if err = p.open(f, path, limit, force); err != nil {
 		// Whoever has it in use by now may have found it empty.
 		if created && !errors.Is(err, ErrInUse) {
 			os.Remove(path)
@@ -69,30 +59,12 @@ func OpenFile(path string, limit int64, force bool) (_ Part, err error) {
 	return p, nil
 }
 
-// openOrCreate also says whether it created the file.
-func openOrCreate(path string) (f *os.File, created bool, err error) {
-	info, err := os.Stat(path)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-		f, err = os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
-		if errors.Is(err, fs.ErrNotExist) {
-			return nil, false, fmt.Errorf("its directory %s does not exist", filepath.Dir(path))
-		}
-		return f, err == nil, cause(err)
-	case err != nil:
-		return nil, false, cause(err)
-	case info.Mode()&fs.ModeDevice != 0:
-		return nil, false, fmt.Errorf("it is a device; use dev:%s", path)
-	case !info.Mode().IsRegular():
-		return nil, false, fmt.Errorf("it is not a regular file (%s)", info.Mode())
-	}
-	f, err = os.OpenFile(path, os.O_RDWR, 0)
-	return f, false, cause(err)
-}
-
 // open locks the file, then reads its header or writes one.
-func (p *filePart) open(path string, limit int64, force bool) error {
-	if err := flock(p.f); err != nil {
+func (p *filePart) open(f *os.File, path string, limit int64, force bool) error {
+	if err := p.use(f); err != nil {
+		return err
+	}
+	if err := p.lock(); err != nil {
 		return err
 	}
 	info, err := p.f.Stat()
@@ -102,7 +74,7 @@ func (p *filePart) open(path string, limit int64, force bool) error {
 	var h header
 	if info.Size() > 0 {
 		h, err = readHeader(p.f)
-		if err != nil && lockedElsewhere(p.f) {
+		if err != nil && p.lockedElsewhere() {
 			return ErrInUse
 		}
 	}
@@ -116,71 +88,6 @@ func (p *filePart) open(path string, limit int64, force bool) error {
 		return err
 	}
 	return p.measure(path, h)
-}
-
-// flock takes the lock that keeps a second user away. It falls when the last
-// thread of this process that uses the file is gone.
-func flock(f *os.File) error {
-	err := control(f, func(fd int) error { return unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB) })
-	if errors.Is(err, unix.EWOULDBLOCK) {
-		return ErrInUse
-	}
-	return err
-}
-
-// lockedElsewhere says whether another process holds a lock on part of f, as
-// QEMU does on the images that it uses.
-func lockedElsewhere(f *os.File) bool {
-	l := unix.Flock_t{Type: unix.F_WRLCK}
-	err := control(f, func(fd int) error { return unix.FcntlFlock(uintptr(fd), unix.F_OFD_GETLK, &l) })
-	return err == nil && l.Type != unix.F_UNLCK
-}
-
-// create empties the file and makes it a snapstore.
-func (p *filePart) create(limit int64) (h header, err error) {
-	if limit == 0 {
-		if limit, err = p.defaultLimit(); err != nil {
-			return header{}, err
-		}
-	}
-	if err := p.f.Truncate(0); err != nil {
-		return header{}, cause(err)
-	}
-	h = header{id: uuid.New(), limit: limit}
-	if err := p.writeHeader(h); err != nil {
-		return header{}, err
-	}
-	return h, syncDir(filepath.Dir(p.f.Name()))
-}
-
-// defaultLimit is half of the space that is free once the file is empty.
-func (p *filePart) defaultLimit() (int64, error) {
-	info, err := p.f.Stat()
-	if err != nil {
-		return 0, cause(err)
-	}
-	free, err := p.Avail()
-	if err != nil {
-		return 0, err
-	}
-	if st, ok := info.Sys().(*syscall.Stat_t); ok {
-		free += st.Blocks * 512
-	}
-	limit := free / 2 / SlotSize * SlotSize
-	if limit < minDefaultLimit {
-		return 0, fmt.Errorf("its file system has %d bytes free, half of which is less than %s: free some or give a limit",
-			free, FormatSize(minDefaultLimit))
-	}
-	return limit, nil
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
 }
 
 // measure fills in the traits.
@@ -254,7 +161,7 @@ func (p *filePart) Punch(off, n int64) error {
 }
 
 func (p *filePart) fallocate(mode uint32, off, n int64) error {
-	return control(p.f, func(fd int) error { return unix.Fallocate(fd, mode, off, n) })
+	return p.control(func(fd int) error { return unix.Fallocate(fd, mode, off, n) })
 }
 
 func (p *filePart) NextData(off int64) (int64, error) {
@@ -265,10 +172,11 @@ func (p *filePart) NextData(off int64) (int64, error) {
 	return at - dataStart, cause(err)
 }
 
-// Avail asks the file system, which counts what only root may use for root.
+// Avail is what the file system has left for everybody. What it keeps for root
+// is not counted on.
 func (p *filePart) Avail() (int64, error) {
 	var s unix.Statfs_t
-	if err := control(p.f, func(fd int) error { return unix.Fstatfs(fd, &s) }); err != nil {
+	if err := p.control(func(fd int) error { return unix.Fstatfs(fd, &s) }); err != nil {
 		return 0, fmt.Errorf("ask for free space: %w", err)
 	}
 	return int64(s.Bavail) * s.Bsize, p.writeBackError()

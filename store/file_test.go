@@ -2,12 +2,16 @@ package store
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
+	fusefs "github.com/hanwen/go-fuse/v2/fs"
+	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
 )
 
@@ -233,4 +237,53 @@ func TestFileOnAFullDisk(t *testing.T) {
 			}
 		})
 	}
+}
+
+// plainFile is a file without holes.
+type plainFile struct{ fusefs.MemRegularFile }
+
+func (*plainFile) Allocate(context.Context, fusefs.FileHandle, uint64, uint64, uint32) syscall.Errno {
+	return syscall.EOPNOTSUPP
+}
+
+func (*plainFile) Fsync(context.Context, fusefs.FileHandle, uint32) syscall.Errno { return 0 }
+
+// TestFileThatCannotPunch uses a file system, by FUSE, in which files have no
+// holes: there slots count whole, and keep their backing.
+func TestFileThatCannotPunch(t *testing.T) {
+	if !inNamespace(t) {
+		return
+	}
+	dir := t.TempDir()
+	root := &fusefs.Inode{}
+	server, err := fusefs.Mount(dir, root, &fusefs.Options{
+		MountOptions: fuse.MountOptions{DirectMountStrict: true},
+		OnAdd: func(ctx context.Context) {
+			file := root.NewPersistentInode(ctx, &plainFile{}, fusefs.StableAttr{})
+			root.AddChild("store", file, true)
+		},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := server.Unmount(); err != nil {
+			t.Errorf("unmount: %v", err)
+		}
+	})
+	part, err := OpenFile(filepath.Join(dir, "store"), 4<<20, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := part.Traits(); !got.Coarse || got.Slots != 64 {
+		t.Errorf("traits\n got %+v\nwant coarse, 64 slots", got)
+	}
+	m := newModel(t, newRand(t), openPool(t, part))
+	for range 1000 {
+		m.step()
+	}
+	if err := m.p.Discard(); err != nil {
+		t.Fatal(err)
+	}
+	m.check()
 }

@@ -87,9 +87,14 @@ func (p *Pool) survey(l *ledger) {
 // again are likely to be, so the keeper has them ready.
 func (l *ledger) wantAhead(n int) {
 	l.ahead = min(l.ahead+int64(n), maxAhead)
-	if l.warm.n < (l.ahead+1)/2 {
+	if l.warm.n < (l.ahead+1)/2 && l.canPrepare() {
 		l.wake()
 	}
+}
+
+// canPrepare says whether a unit may be prepared.
+func (l *ledger) canPrepare() bool {
+	return !l.traits.Coarse && !l.noAhead && l.state() == nil && l.spare+unitSlots*slotBlocks <= l.maxSpare()
 }
 
 // prepare makes one unit of warm slots and says whether it did.
@@ -105,7 +110,7 @@ func (p *Pool) prepare(l *ledger) bool {
 	err := l.part.Prepare(first*SlotSize, unitSlots*SlotSize)
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	l.claim.masks = l.claim.masks[:0]
+	l.claim.end()
 	for i := first; i < first+unitSlots; i++ {
 		// Some of it may be there after an error, too.
 		l.setSpare(i, l.slot(i), AllBlocks)
@@ -114,6 +119,7 @@ func (p *Pool) prepare(l *ledger) bool {
 			l.warm.add(i)
 		}
 	}
+	p.noteFreed()
 	// Where it does not work, writers make backing as they go.
 	l.noAhead = err != nil
 	return err == nil
@@ -121,10 +127,7 @@ func (p *Pool) prepare(l *ledger) bool {
 
 // claimUnit claims clean slots to be prepared, if more are wanted.
 func (l *ledger) claimUnit() (first int64, ok bool) {
-	switch {
-	case l.traits.Coarse, l.state() != nil, l.noAhead:
-		return 0, false
-	case l.warm.n >= l.ahead, l.spare+unitSlots*slotBlocks > l.maxSpare():
+	if l.warm.n >= l.ahead || !l.canPrepare() {
 		return 0, false
 	}
 	if first, ok = l.clean.findUnit(); !ok {
@@ -137,7 +140,7 @@ func (l *ledger) claimUnit() (first int64, ok bool) {
 		}
 		l.fresh += unitSlots
 	}
-	l.claim.first, l.claim.masks = first, l.claim.masks[:0]
+	l.claim.begin(first)
 	for i := first; i < first+unitSlots; i++ {
 		l.clean.remove(i)
 		l.claim.masks = append(l.claim.masks, AllBlocks)

@@ -115,6 +115,24 @@ func TestSpareIsBounded(t *testing.T) {
 	stop()
 }
 
+// TestFreeWakesTheKeeper: what is too much to be kept is not kept until the
+// keeper looks by itself.
+func TestFreeWakesTheKeeper(t *testing.T) {
+	f := newFaulty(t, 4<<20)
+	p := openPool(t, f)
+	slots := alloc(t, p, repeat(40, 0x00ff)...)
+	hook, entered, release := gate("avail")
+	f.set(hook)
+	<-entered // here the keeper cannot be woken: whatever wakes it stays
+	for _, s := range slots {
+		p.Free(s, 0x00ff)
+	}
+	if got := len(p.ledgers[0].kick); got != 1 {
+		t.Errorf("keeper woken\n got %d times\nwant 1", got)
+	}
+	close(release)
+}
+
 // keepBusy keeps a pool from being idle until stop is called.
 func keepBusy(p *Pool) (stop func()) {
 	done, ended := make(chan struct{}), make(chan struct{})
@@ -210,6 +228,9 @@ func TestPreparedMemoryIsHuge(t *testing.T) {
 	if got := part.hugeBytes(t); got != hugePage {
 		t.Errorf("bytes in huge pages after a byte was written elsewhere\n got %d\nwant %d still", got, hugePage)
 	}
+	if flags := part.field(t, "VmFlags:"); strings.Contains(flags, " hg") || !strings.Contains(flags, " nh") {
+		t.Errorf("flags of the mapping\n got %s\nwant nh, and no hg: nobody makes huge pages but Prepare", flags)
+	}
 	if err := part.Punch(0, unitSlots*SlotSize); err != nil {
 		t.Fatal(err)
 	}
@@ -221,27 +242,34 @@ func TestPreparedMemoryIsHuge(t *testing.T) {
 // hugeBytes adds up the huge pages in the mapping.
 func (p *memPart) hugeBytes(t testing.TB) (n int64) {
 	t.Helper()
-	text, err := os.ReadFile("/proc/self/smaps")
-	if err != nil {
-		t.Fatal(err)
-	}
-	start := uintptr(unsafe.Pointer(&p.mem[0]))
-	inside := false
-	for line := range strings.Lines(string(text)) {
-		f := strings.Fields(line)
-		if from, _, ok := strings.Cut(f[0], "-"); ok {
-			at, err := strconv.ParseUint(from, 16, 64)
-			inside = err == nil && uintptr(at) >= start && uintptr(at) < start+uintptr(len(p.mem))
-		}
-		if inside && f[0] == "AnonHugePages:" {
-			kib, err := strconv.ParseInt(f[1], 10, 64)
-			if err != nil {
-				t.Fatal(err)
-			}
+	for word := range strings.FieldsSeq(p.field(t, "AnonHugePages:")) {
+		if kib, err := strconv.ParseInt(word, 10, 64); err == nil {
 			n += kib << 10
 		}
 	}
 	return n
+}
+
+// field returns what the kernel says of each piece of the mapping.
+func (p *memPart) field(t testing.TB, name string) (values string) {
+	t.Helper()
+	text, err := os.ReadFile("/proc/self/smaps")
+	if err != nil {
+		t.Fatal(err)
+	}
+	start := uint64(uintptr(unsafe.Pointer(&p.mem[0])))
+	inside := false
+	for line := range strings.Lines(string(text)) {
+		if from, to, ok := strings.Cut(strings.Fields(line)[0], "-"); ok {
+			at, err1 := strconv.ParseUint(from, 16, 64)
+			_, err2 := strconv.ParseUint(to, 16, 64)
+			inside = err1 == nil && err2 == nil && at >= start && at < start+uint64(len(p.mem))
+		}
+		if value, ok := strings.CutPrefix(line, name); ok && inside {
+			values += " " + strings.TrimSpace(value)
+		}
+	}
+	return values
 }
 
 // TestPunchKeepsNeighbours: what is punched is what is spare, to the block.

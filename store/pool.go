@@ -99,37 +99,6 @@ func reserveOf(size int64) int64 {
 	return min(max(size/100, 4*slotBlocks), 1<<20/BlockSize, size/4)
 }
 
-// Alloc gives up to len(dst) slots. masks, as long as dst, says which blocks
-// of each will be written: only these count. All come from one part, the first
-// in order of preference with room for the first of them, and are neighbours
-// wherever that is possible. It returns how many it gave: 0 with ErrFull when
-// there is room for none.
-func (p *Pool) Alloc(dst []Slot, masks []uint16) (int, error) {
-	return p.alloc(dst, masks, false)
-}
-
-// AllocReserve is Alloc for those who must not fail: it may also use the
-// reserve.
-func (p *Pool) AllocReserve(dst []Slot, masks []uint16) (int, error) {
-	return p.alloc(dst, masks, true)
-}
-
-func (p *Pool) alloc(dst []Slot, masks []uint16, reserve bool) (int, error) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.closed {
-		return 0, errClosed
-	}
-	room := p.sum((*ledger).room) - p.kept(reserve)
-	for _, l := range p.ledgers {
-		if n := l.alloc(dst, masks, min(room, l.room())); n > 0 {
-			p.noteSpace()
-			return n, nil
-		}
-	}
-	return 0, ErrFull
-}
-
 // sum adds up what f says of each part. The caller holds mu.
 func (p *Pool) sum(f func(*ledger) int64) (n int64) {
 	for _, l := range p.ledgers {

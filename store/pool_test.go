@@ -219,8 +219,9 @@ func TestCoarsePartsCountWholeSlots(t *testing.T) {
 func TestQuarantine(t *testing.T) {
 	p := openPool(t, openMem(t, SlotSize*4))
 	s := allocOne(t, p, AllBlocks)
+	p.Shrink(s, 0x00ff)
 	p.Quarantine(s)
-	wantSpace(t, p, "with a slot in quarantine", SlotSize, 3*SlotSize)
+	wantSpace(t, p, "with a slot in quarantine", SlotSize/2, 4*SlotSize-SlotSize/2)
 	if got := len(slices.Collect(masksInUse(p))); got != 0 {
 		t.Errorf("slots in use\n got %d\nwant 0", got)
 	}

@@ -8,7 +8,16 @@ package store
 type claim struct {
 	first int64
 	masks []uint16 // AllBlocks for a free slot
+	late  bool     // somebody waited for it in vain
 }
+
+// begin starts a claim at slot first.
+func (c *claim) begin(first int64) {
+	c.first, c.masks, c.late = first, c.masks[:0], false
+}
+
+// end gives up what was claimed.
+func (c *claim) end() { c.begin(0) }
 
 // maxClaim bounds how many slots are held back at a time.
 const maxClaim = 256
@@ -68,6 +77,7 @@ func (p *Pool) trimStep(l *ledger, target int64) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	l.settle(err)
+	p.noteFreed()
 	return err == nil
 }
 
@@ -85,11 +95,11 @@ func (l *ledger) claimSpare(target int64) bool {
 	}
 	first, _ := l.dirty.next(0)
 	n := l.dirty.run(first, max(most, 1))
-	l.claim.first, l.claim.masks = first, l.claim.masks[:0]
+	l.claim.begin(first)
 	for i := first; i < first+int64(n); i++ {
 		mask := AllBlocks
-		if st := l.slot(i); st.stuck || l.inUse.has(i) {
-			mask = st.spare
+		if l.inUse.has(i) {
+			mask = l.slot(i).spare
 		}
 		l.claim.masks = append(l.claim.masks, mask)
 		l.dirty.remove(i)
@@ -131,7 +141,7 @@ func (l *ledger) settle(err error) {
 			}
 		}
 	}
-	l.claim.masks = l.claim.masks[:0]
+	l.claim.end()
 	if err != nil {
 		l.fail(err)
 	}

@@ -25,12 +25,12 @@ func TestLowSpace(t *testing.T) {
 		}
 		slots = slots[n:]
 	}
-	wantSaid := func(when string) {
+	wantSaid := func(when string, size int64) {
 		t.Helper()
 		select {
 		case l := <-said:
-			if l.Size != limit || l.Free >= limit/2 || l.Rate <= 0 || l.Left <= 0 || l.Left > time.Minute {
-				t.Errorf("%s\n got %+v\nwant size %d, less than half of it free, a rate and the time that is left", when, l, limit)
+			if l.Size != size || l.Free >= size/2 || l.Rate <= 0 || l.Left <= 0 || l.Left > time.Minute {
+				t.Errorf("%s\n got %+v\nwant size %d, less than half of it free, a rate and the time that is left", when, l, size)
 			}
 		case <-time.After(10 * time.Second):
 			t.Errorf("%s: nothing was said", when)
@@ -38,20 +38,18 @@ func TestLowSpace(t *testing.T) {
 	}
 	take(128) // the mark itself is not under it
 	take(1)
-	wantSaid("under the mark")
+	wantSaid("under the mark", limit)
 	take(10)
 	give(26) // over the mark, but not by an eighth
 	take(20)
 	give(30) // by more
 	take(40)
-	wantSaid("under the mark again")
+	wantSaid("under the mark again", limit)
 	if err := p.Add(openMem(t, limit)); err != nil {
 		t.Fatal(err)
 	}
 	take(160)
-	if l := <-said; l.Size != 2*limit {
-		t.Errorf("under the mark of a larger pool\n got %+v\nwant size %d", l, 2*limit)
-	}
+	wantSaid("under the mark of a larger pool", 2*limit)
 	if err := p.Close(); err != nil {
 		t.Fatal(err)
 	}
