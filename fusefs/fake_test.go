@@ -260,7 +260,6 @@ type fakeImage struct {
 	destroyed atomic.Bool
 	writable  bool
 	synced    atomic.Int64
-	reading   func() // called by ReadAt; may be nil
 
 	mu      sync.RWMutex
 	content []byte
@@ -269,19 +268,16 @@ type fakeImage struct {
 const fakeBlock = 4096
 
 func (im *fakeImage) ReadAt(p []byte, off int64) (int, error) {
-	if im.reading != nil {
-		im.reading()
-	}
-	if im.destroyed.Load() {
-		return 0, errDestroyed
-	}
 	im.mu.RLock()
 	defer im.mu.RUnlock()
 	if off >= int64(len(im.content)) {
 		return 0, io.EOF
 	}
 	n := copy(p, im.content[off:])
-	if n < len(p) {
+	switch {
+	case im.destroyed.Load():
+		return n, errDestroyed // looks afterwards, as a real one does
+	case n < len(p):
 		return n, io.EOF
 	}
 	return n, nil

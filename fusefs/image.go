@@ -4,8 +4,10 @@ package fusefs
 
 import (
 	"context"
-	"sync"
+	"io"
+	"sync/atomic"
 	"syscall"
+	"time"
 
 	"github.com/hanwen/go-fuse/v2/fs"
 	"github.com/hanwen/go-fuse/v2/fuse"
@@ -25,7 +27,8 @@ const (
 // imageFile shows an image.
 type imageFile struct {
 	node
-	image Image
+	image   Image
+	written atomic.Int64 // last through this tree, in ns since 1970; 0: never
 }
 
 // imageItem returns an item for image.
@@ -43,7 +46,11 @@ func (f *imageFile) is(old fs.InodeEmbedder) bool {
 
 // stat fills in a. allocated is in bytes.
 func (f *imageFile) stat(a *fuse.Attr, allocated int64) {
-	f.attr(a, imagePerm, f.born)
+	changed := f.born
+	if ns := f.written.Load(); ns != 0 {
+		changed = time.Unix(0, ns)
+	}
+	f.attr(a, imagePerm, changed)
 	a.Size = uint64(f.image.Size())
 	a.Blksize = maxIO
 	a.Blocks = uint64(allocated+511) / 512
@@ -102,41 +109,15 @@ func (f *imageFile) Open(_ context.Context, flags uint32) (fs.FileHandle, uint32
 // imageHandle is an open image.
 type imageHandle struct{ file *imageFile }
 
-// openImages are the images that are open. A kernel whose connection is cut
-// sends no release, and an image in use cannot be destroyed.
-type openImages struct {
-	mu      sync.Mutex
-	handles map[*imageHandle]struct{}
-}
-
-func (o *openImages) add(h *imageHandle) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	o.handles[h] = struct{}{}
-}
-
-func (o *openImages) remove(h *imageHandle) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	delete(o.handles, h)
-}
-
-// releaseAll releases what is still open once nothing is served any more.
-func (o *openImages) releaseAll() {
-	for h := range o.handles {
-		h.file.image.Release()
-	}
-	clear(o.handles)
-}
-
 // Read is the one way in which the content of images reaches the kernel. p is
 // one of go-fuse's pooled buffers, up to maxIO long.
 func (h *imageHandle) Read(_ context.Context, p []byte, off int64) (fuse.ReadResult, syscall.Errno) {
 	image := h.file.image
 	p = p[:max(0, min(int64(len(p)), image.Size()-off))]
-	if n, err := image.ReadAt(p, off); n < len(p) {
-		// Whatever went wrong, to the reader the bytes are lost: an image of a
-		// destroyed snapshot or of a failed origin answers EIO.
+	if n, err := image.ReadAt(p, off); n < len(p) || err != nil && err != io.EOF {
+		// An error counts also when p is full: an image looks whether it is
+		// still good after it has read. Whatever went wrong, to the reader
+		// the bytes are lost.
 		h.fail("read", err)
 		return nil, syscall.EIO
 	}
@@ -149,6 +130,7 @@ func (h *imageHandle) Write(_ context.Context, p []byte, off int64) (uint32, sys
 	if len(p) > 0 && off >= image.Size() {
 		return 0, syscall.ENOSPC
 	}
+	h.file.written.Store(time.Now().UnixNano())
 	n, err := image.WriteAt(p[:min(int64(len(p)), image.Size()-off)], off)
 	if n > 0 {
 		return uint32(n), 0
@@ -180,6 +162,7 @@ func (h *imageHandle) Allocate(_ context.Context, off, n uint64, mode uint32) sy
 	case off >= size:
 		return 0
 	}
+	h.file.written.Store(time.Now().UnixNano())
 	return h.fail("zero", image.Zero(int64(off), int64(min(n, size-off))))
 }
 

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -40,7 +41,9 @@ func mountImage(t testing.TB, content []byte, writable bool) (*fakeImage, string
 	if err := src.Take("one"); err != nil {
 		t.Fatal(err)
 	}
-	image := src.snaps["one"].images["vda"]
+	snap := src.snaps["one"]
+	snap.created = snap.created.Add(-time.Hour)
+	image := snap.images["vda"]
 	image.writable = writable
 	_, dir := mountFake(t, src)
 	return image, filepath.Join(dir, "snapshots/one")
@@ -255,6 +258,9 @@ func TestImageWritable(t *testing.T) {
 		if got, err := os.ReadFile(name); err != nil || !bytes.Equal(got, model) {
 			t.Fatalf("after %s: error %v, or the image differs from the model", tc.name, err)
 		}
+	}
+	if fi, err := f.Stat(); err != nil || time.Since(fi.ModTime()) > time.Minute {
+		t.Errorf("time of the last change: %v, error %v, want now", fi.ModTime(), err)
 	}
 	if err := f.Sync(); err != nil || image.synced.Load() == 0 {
 		t.Errorf("fsync: %v, synced %d times", err, image.synced.Load())

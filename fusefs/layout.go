@@ -69,7 +69,8 @@ func changes(tr traits, name string, tracking func() Tracking, changes func() Ch
 // life; only what the states say changes.
 func (t *Tree) snapshot(snap Snapshot) *dir {
 	tr := traits{tree: t, kind: syscall.S_IFDIR, born: snap.Created()}
-	frozen := tr.as(0, always)
+	frozen := tr
+	frozen.keep = always
 	own := fixed(tr, snap,
 		line(frozen, "created", func() string { return snap.Created().UTC().Format(nanoseconds) }),
 		line(tr.state(), "state", snap.State),

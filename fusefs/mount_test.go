@@ -39,7 +39,8 @@ func serveForever(dir string) {
 		os.Exit(1)
 	}
 	fmt.Println("ready")
-	<-tree.Done()
+	io.Copy(io.Discard, os.Stdin) // until the test ends, however it does
+	tree.Unmount(context.Background())
 	os.Exit(0)
 }
 
@@ -50,6 +51,10 @@ func startServer(t *testing.T, dir string) *exec.Cmd {
 	need(t, "/dev/fuse")
 	cmd := exec.Command(os.Args[0])
 	cmd.Env = append(os.Environ(), serveVar+"="+dir)
+	_, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
 	out, err := cmd.StdoutPipe()
 	if err == nil {
 		err = cmd.Start()
@@ -429,6 +434,51 @@ func TestAllowOther(t *testing.T) {
 				t.Errorf("%s as nobody\n got %v\nwant %v\n%s%s", tc.command, works, tc.works, out, stderr)
 			}
 		})
+	}
+}
+
+// TestConnectionCut cuts the tree's connection: the tree says so, and Unmount
+// clears the dead mount.
+func TestConnectionCut(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root finds fusectl everywhere")
+	}
+	tree, dir := mountFake(t, newFakeSource())
+	if err := abort(tree.dev); err != nil {
+		t.Fatal(err)
+	}
+	wait(t, "Done", tree.Done())
+	_, err := os.ReadFile(dir + "/version")
+	wantErrno(t, "read", err, syscall.ENOTCONN)
+	if err := tree.Unmount(t.Context()); err != nil {
+		t.Errorf("Unmount: %v", err)
+	}
+	if _, ok, _ := mountAt(dir); ok {
+		t.Error("the dead mount is still there")
+	}
+}
+
+// TestDeadMountOfOthers leaves a dead mount of another kind alone.
+func TestDeadMountOfOthers(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root can mount what it wants")
+	}
+	need(t, "/dev/fuse")
+	dir := t.TempDir()
+	fd, err := unix.Open("/dev/fuse", unix.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = unix.Mount("other", dir, "fuse.other", 0, fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0", fd))
+	unix.Close(fd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unmountAll(t, dir) })
+	_, err = Mount(t.Context(), newFakeSource(), Options{Dir: dir, Log: testLog(t)})
+	wantErrno(t, "Mount", err, syscall.ENOTCONN)
+	if m, _, _ := mountAt(dir); m.fsType != "fuse.other" {
+		t.Errorf("mounted now\n got %q\nwant %q", m.fsType, "fuse.other")
 	}
 }
 

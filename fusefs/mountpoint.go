@@ -91,24 +91,22 @@ func checkEmpty(path string) error {
 }
 
 // clearStale detaches the trees on path that nobody serves any more. A tree that
-// is alive is an error (EBUSY), and so is a dead mount of another kind: it is
-// not ours to clear.
+// is alive is an error (EBUSY), and so is a mount of another kind that is dead or
+// does not answer: it is not ours to clear.
 func clearStale(ctx context.Context, path string) error {
 	for {
 		m, ok, err := mountAt(path)
 		if err != nil || !ok {
 			return err
 		}
-		alive, err := answers(ctx, path)
+		err = answers(ctx, path)
 		switch {
-		case err != nil:
-			return fmt.Errorf("mount point %s: %w", path, err)
-		case alive && m.fsType == fsType:
-			return fmt.Errorf("mount point %s: another blksnap is mounted there: %w", path, syscall.EBUSY)
-		case alive:
-			return nil
+		case m.fsType != fsType && err == nil:
+			return nil // to mount over it is to hide it: it must be empty
 		case m.fsType != fsType:
-			return fmt.Errorf("mount point %s: a dead mount of type %s is in the way: %w", path, m.fsType, syscall.EBUSY)
+			return fmt.Errorf("mount point %s has a mount of type %s: %w", path, m.fsType, err)
+		case !errors.Is(err, syscall.ENOTCONN):
+			return fmt.Errorf("mount point %s: another blksnap is mounted there: %w", path, syscall.EBUSY)
 		}
 		if err := unmount(ctx, path, detach); err != nil {
 			return fmt.Errorf("clear the stale mount on %s: %w", path, err)
@@ -116,9 +114,9 @@ func clearStale(ctx context.Context, path string) error {
 	}
 }
 
-// answers says whether what is mounted on path is served. One that does not say
-// within answerTime is taken to be alive.
-func answers(ctx context.Context, path string) (bool, error) {
+// answers returns nil if what is mounted on path is alive, ENOTCONN if it is
+// dead, and ETIMEDOUT if it does not say within answerTime.
+func answers(ctx context.Context, path string) error {
 	ctx, cancel := context.WithTimeout(ctx, answerTime)
 	defer cancel()
 	answer := make(chan error, 1)
@@ -128,11 +126,8 @@ func answers(ctx context.Context, path string) (bool, error) {
 	}()
 	select {
 	case err := <-answer:
-		if errors.Is(err, syscall.ENOTCONN) {
-			return false, nil
-		}
-		return true, err
+		return err
 	case <-ctx.Done():
-		return true, nil
+		return fmt.Errorf("it does not answer: %w", syscall.ETIMEDOUT)
 	}
 }

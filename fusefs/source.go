@@ -30,8 +30,9 @@ type Source interface {
 	Latest() string
 
 	// Take takes a snapshot of every device (mkdir), Destroy destroys one
-	// (rmdir). Snapshot finds it, or no longer, when they return. Errors are matched against package syscall's: EEXIST, EINVAL,
-	// ENOSPC, ETIMEDOUT, EBUSY, ENOENT; anything else is EIO.
+	// (rmdir). Snapshot finds it, or no longer, when they return. Errors are
+	// matched against package syscall's: EEXIST, EINVAL, ENOSPC, ETIMEDOUT,
+	// EBUSY, ENOENT; anything else is EIO.
 	Take(name string) error
 	Destroy(name string) error
 
@@ -67,7 +68,8 @@ type Snapshot interface {
 // Image is one device's content in one snapshot.
 type Image interface {
 	// ReadAt fills p or returns an error; io.EOF beyond Size. Once the
-	// snapshot is destroyed or broken every call returns an error.
+	// snapshot is destroyed or broken every call returns an error, also if p
+	// is full.
 	io.ReaderAt
 
 	// WriteAt, Zero (which may free what it covers) and Sync fail with EROFS
@@ -81,11 +83,11 @@ type Image interface {
 	State() string
 
 	// Allocated is how many bytes of the image are not a hole. It is asked at
-	// a stat, not at a lookup, and may take its time. NextData and
-	// NextHole return the first offset at or after off that is data, or a
-	// hole; the end of the image counts as a hole. NextData fails with ENXIO
-	// where no data follows. What is a hole is fixed when first asked and
-	// kept while the snapshot lives.
+	// a stat, not at a lookup, and may take its time. NextData and NextHole
+	// return the first offset at or after off that is data, or a hole; the
+	// end of the image counts as a hole. NextData fails with ENXIO where no
+	// data follows. What is a hole is fixed when first asked and kept while
+	// the snapshot lives.
 	Allocated() (int64, error)
 	NextData(off int64) (int64, error)
 	NextHole(off int64) (int64, error)

@@ -88,15 +88,9 @@ func (t *Tree) mount(ctx context.Context, allowOther bool) error {
 	if err != nil {
 		return err
 	}
-	raw := fs.NewNodeFS(t.top, &fs.Options{
-		FirstAutomaticIno: 2,
-		RootStableAttr:    &fs.StableAttr{Ino: 1},
-	})
-	// The server is given what attach has mounted, by a name that means that.
-	t.server, err = fuse.NewServer(raw, fmt.Sprintf("/dev/fd/%d", fd), t.serverOptions())
-	if err != nil {
+	if err := t.start(fd); err != nil {
 		unix.Close(fd)
-		return errors.Join(err, unmount(ctx, t.dir, detach))
+		return also(err, unmount(ctx, t.dir, detach))
 	}
 	t.serving.Go(func() {
 		t.server.Serve()
@@ -104,23 +98,42 @@ func (t *Tree) mount(ctx context.Context, allowOther bool) error {
 		close(t.done)
 	})
 	t.serving.Go(t.notify)
-	if err = t.firstAnswer(); err != nil {
-		return errors.Join(err, t.Unmount(ctx))
+	if err := t.firstAnswer(); err != nil {
+		return also(err, t.Unmount(ctx))
 	}
 	return nil
 }
 
-// firstAnswer makes the tree answer its first requests: what it is in the mount
-// table, and to a poll. go-fuse does not know poll, and the kernel, told so
-// once, never asks again. Otherwise the first file of the tree that this very
-// process opens could stop it: the Go runtime polls files in a way that holds up
-// the goroutine that is to answer.
-func (t *Tree) firstAnswer() error {
+// start makes the server for the connection fd that was mounted.
+func (t *Tree) start(fd int) error {
 	m, ok, err := mountAt(t.dir)
 	if err != nil || !ok || m.fsType != fsType {
 		return cmp.Or(err, errors.New("it is not in the mount table"))
 	}
 	t.dev = m.dev
+	raw := fs.NewNodeFS(t.top, &fs.Options{
+		FirstAutomaticIno: 2,
+		RootStableAttr:    &fs.StableAttr{Ino: 1},
+	})
+	// By such a name the server takes a connection that is mounted already.
+	t.server, err = fuse.NewServer(raw, fmt.Sprintf("/dev/fd/%d", fd), t.serverOptions())
+	return err
+}
+
+// also adds to err, in one line, what went wrong afterwards.
+func also(err, then error) error {
+	if then == nil {
+		return err
+	}
+	return fmt.Errorf("%w; then %w", err, then)
+}
+
+// firstAnswer makes the tree answer its first requests, of which one is a poll.
+// go-fuse does not know poll, and the kernel, told so once, never asks again.
+// Otherwise the first file of the tree that this very process opens could stop
+// it: the Go runtime polls files in a way that holds up the goroutine that is to
+// answer.
+func (t *Tree) firstAnswer() error {
 	fd, err := unix.Open(filepath.Join(t.dir, "version"), unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("open its first file: %w", err)
@@ -134,7 +147,7 @@ func (t *Tree) firstAnswer() error {
 func (t *Tree) serverOptions() *fuse.MountOptions {
 	return &fuse.MountOptions{
 		MaxWrite:           maxIO,
-		MaxBackground:      64,
+		MaxBackground:      32, // requests, each with a buffer of up to maxIO
 		DisableXAttrs:      true,
 		DisableReadDirPlus: true, // it would make a node of all that is listed
 		DisableSplice:      true, // what is read comes from buffers
@@ -152,5 +165,6 @@ func (t *Tree) serverOptions() *fuse.MountOptions {
 func (t *Tree) Dir() string { return t.dir }
 
 // Done returns a channel that is closed when the tree is no longer mounted,
-// whoever unmounted it.
+// whoever unmounted it, or its connection was cut. Unmount is to be called all the
+// same.
 func (t *Tree) Done() <-chan struct{} { return t.done }

@@ -4,6 +4,7 @@ package fusefs
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -28,7 +29,8 @@ const (
 // with an error if requests are still being served: because the Source does not
 // return from one, or because files are open that we have no right to take away.
 // They end with this process. Further calls, and one after somebody else
-// unmounted the tree, only wait.
+// unmounted the tree, only wait; one after somebody cut its connection clears the
+// dead mount.
 func (t *Tree) Unmount(ctx context.Context) error {
 	if err := t.leave(ctx); err != nil {
 		return fmt.Errorf("unmount %s: %w", t.dir, err)
@@ -81,8 +83,7 @@ func (t *Tree) mounted(ctx context.Context) (bool, error) {
 	}
 	select {
 	case <-t.done:
-		alive, err := answers(ctx, t.dir)
-		return !alive, err
+		return errors.Is(answers(ctx, t.dir), unix.ENOTCONN), nil
 	default:
 		return true, nil
 	}
