@@ -380,6 +380,32 @@ func TestHangingPart(t *testing.T) {
 	close(release2)
 }
 
+// TestCloseWaitsForTheKeeper: a part is not closed under somebody's hands.
+func TestCloseWaitsForTheKeeper(t *testing.T) {
+	f := newFaulty(t, 4<<20)
+	p := NewPool(f)
+	hook, entered, release := gate("avail")
+	closing := make(chan struct{})
+	f.set(func(op string, off, n int64) error {
+		if op == "close" {
+			close(closing)
+		}
+		return hook(op, off, n)
+	})
+	<-entered
+	done := make(chan error)
+	go func() { done <- p.Close() }()
+	select {
+	case <-closing:
+		t.Errorf("the part was closed while its keeper used it")
+	case <-time.After(50 * time.Millisecond):
+	}
+	close(release)
+	if err := <-done; err != nil {
+		t.Errorf("Close: %v", err)
+	}
+}
+
 // TestManyAtOnce uses a pool from several goroutines, whose parts are added,
 // listed and checked meanwhile.
 func TestManyAtOnce(t *testing.T) {

@@ -82,14 +82,18 @@ func TestMemoryIsReturned(t *testing.T) {
 	}
 }
 
-// resident returns how many bytes of memory the process has.
-func resident(t testing.TB) int64 {
+// resident returns how many bytes of memory the process has, mapped how many it
+// has addresses for.
+func resident(t testing.TB) int64 { return statm(t, 1) }
+func mapped(t testing.TB) int64   { return statm(t, 0) }
+
+func statm(t testing.TB, field int) int64 {
 	t.Helper()
 	text, err := os.ReadFile("/proc/self/statm")
 	if err != nil {
 		t.Fatal(err)
 	}
-	pages, err := strconv.ParseInt(strings.Fields(string(text))[1], 10, 64)
+	pages, err := strconv.ParseInt(strings.Fields(string(text))[field], 10, 64)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -32,7 +32,7 @@ const maxSamples = 8
 func (p *Pool) OnLow(f func(LowSpace)) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.onLow, p.lowSaid = f, false
+	p.onLow = f
 	p.wakeWatch()
 }
 
@@ -50,7 +50,7 @@ func (p *Pool) noteSpace() {
 		p.low = true
 		p.wakeWatch()
 	case p.low && free >= mark+mark/8:
-		p.low, p.lowSaid = false, false
+		p.low = false
 	}
 }
 
@@ -81,16 +81,12 @@ func (p *Pool) watch() {
 	}
 }
 
-// announce calls what OnLow was given if there is something new to say.
+// announce calls what OnLow was given, unless space came back meanwhile.
 func (p *Pool) announce() {
 	p.mu.Lock()
-	f, outlook := p.onLow, p.outlook(time.Now())
-	if !p.low || p.lowSaid {
-		f = nil
-	}
-	p.lowSaid = p.low && p.onLow != nil
+	f, low, outlook := p.onLow, p.low, p.outlook(time.Now())
 	p.mu.Unlock()
-	if f != nil {
+	if f != nil && low {
 		f(outlook)
 	}
 }

@@ -17,7 +17,7 @@ func defaultMemLimit() (int64, error) {
 	if err != nil {
 		return 0, err
 	}
-	return max(min(total, cgroupLimit(total))/4/SlotSize, 1) * SlotSize, nil
+	return max(min(total, cgroupLimit("/proc/self/cgroup", "/sys/fs/cgroup", total))/4/SlotSize, 1) * SlotSize, nil
 }
 
 // memInfo returns a field of /proc/meminfo in bytes.
@@ -36,20 +36,20 @@ func memInfo(field string) (int64, error) {
 	return 0, fmt.Errorf("ask for memory: /proc/meminfo has no %s", field)
 }
 
-// cgroupLimit is the least memory.max of the control groups (version 2) that
-// the process is in, or limit if that is less or nothing is known of them.
-func cgroupLimit(limit int64) int64 {
-	text, err := os.ReadFile("/proc/self/cgroup")
+// cgroupLimit is the least memory.max under root of the control groups (version
+// 2) that the file self names, or limit if that is less or nothing is known.
+func cgroupLimit(self, root string, limit int64) int64 {
+	text, err := os.ReadFile(self)
 	if err != nil {
 		return limit
 	}
 	_, group, _ := strings.Cut(string(text), "0::")
-	for dir := filepath.Join("/", strings.TrimSpace(group)); ; dir = filepath.Dir(dir) {
-		text, err := os.ReadFile(filepath.Join("/sys/fs/cgroup", dir, "memory.max"))
-		if err == nil {
-			if n, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64); err == nil {
-				limit = min(limit, n)
-			}
+	group, _, _ = strings.Cut(group, "\n")
+	for dir := filepath.Join("/", group); ; dir = filepath.Dir(dir) {
+		// Without a limit it says "max", which is no number.
+		text, err := os.ReadFile(filepath.Join(root, dir, "memory.max"))
+		if n, bad := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64); err == nil && bad == nil {
+			limit = min(limit, n)
 		}
 		if dir == "/" {
 			return limit
