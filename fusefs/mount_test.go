@@ -78,7 +78,7 @@ func kill(cmd *exec.Cmd) {
 }
 
 // unmountAll takes away what a test has left mounted on dir.
-func unmountAll(t *testing.T, dir string) {
+func unmountAll(t testing.TB, dir string) {
 	for {
 		if _, ok, err := mountAt(dir); !ok || err != nil {
 			return

@@ -46,6 +46,7 @@ func mountSource(t testing.TB, src Source, change ...func(*Options)) (*Tree, str
 		}
 		if _, ok, err := mountAt(tree.Dir()); ok || err != nil {
 			t.Errorf("after unmount: mounted %v, error %v", ok, err)
+			unmountAll(t, tree.Dir())
 		}
 		if err := goleak.Find(before); err != nil {
 			t.Error(err)
