@@ -76,8 +76,7 @@ func writeUntilTheEnd(t *testing.T, c *nbdConn) {
 				return
 			default:
 			}
-			n := (1 + rng.Int64N(int64(len(p)/SectorSize))) * SectorSize
-			off := rng.Int64N((c.size-n)/SectorSize+1) * SectorSize
+			off, n := randomRange(rng, c.size, int64(len(p)))
 			Stamp(p[:n], "vda", off, pass)
 			if err := c.writeAt(p[:n], off); err != nil {
 				stopped <- fmt.Errorf("write %d bytes at %d: %w", n, off, err)

@@ -112,8 +112,7 @@ func changeForIncrement(t *testing.T, c *nbdConn, rng *rand.Rand, pass uint64) {
 	t.Helper()
 	p := make([]byte, 256*kiB)
 	for range 20 {
-		n := (1 + rng.Int64N(int64(len(p)/SectorSize))) * SectorSize
-		off := rng.Int64N((c.size-n)/SectorSize+1) * SectorSize
+		off, n := randomRange(rng, c.size, int64(len(p)))
 		var err error
 		switch rng.IntN(4) {
 		case 0:

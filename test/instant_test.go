@@ -4,11 +4,11 @@ package test
 
 import (
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 )
 
@@ -16,7 +16,7 @@ import (
 // enough apart to share few chunks, and close enough to share some.
 const (
 	slotStride     = 20 * kiB
-	slotsPerWriter = 24
+	slotsPerDevice = 8 // of each writer
 )
 
 // clock counts what happens at the writers: a write is sent at one tick and
@@ -40,22 +40,28 @@ type slot struct {
 
 func TestSnapshotIsOneInstant(t *testing.T) {
 	needRoot(t)
-	const size, writers, snapshots = 16 * miB, 6, 40
-	devices := []string{"vda", "vdb"}
+	const size, devices, writers, snapshots = 16 * miB, 6, 6, 40
 	dir := scratch(t)
-	d := serve(t, makeOrigin(t, dir, "vda", size), makeOrigin(t, dir, "vdb", size))
+	var names, origins []string
+	for i := range devices {
+		names = append(names, fmt.Sprintf("vd%c", 'a'+i))
+		origins = append(origins, makeOrigin(t, dir, names[i], size))
+	}
+	d := serve(t, origins...)
 
 	var ticks clock
 	var running sync.WaitGroup
 	stop := make(chan struct{})
 	var all [][]slot
 	for i := range writers {
-		// Every writer has connections to both devices, and uses them in turn.
+		// Every writer has a connection to each device, and uses them in any order.
 		w := &writer{ticks: &ticks, rng: rand.New(rand.NewPCG(uint64(*seed), uint64(i)))}
-		conns := []*nbdConn{d.open(devices[0]), d.open(devices[1])}
-		for j := range slotsPerWriter {
-			w.slots = append(w.slots, slot{device: devices[j%2], off: int64(i*slotsPerWriter+j) * slotStride})
-			w.conns = append(w.conns, conns[j%2])
+		for _, name := range names {
+			c := d.open(name)
+			for range slotsPerDevice {
+				w.slots = append(w.slots, slot{device: name, off: int64(i*devices*slotsPerDevice+len(w.slots)) * slotStride})
+				w.conns = append(w.conns, c)
+			}
 		}
 		all = append(all, w.slots)
 		running.Go(func() {
@@ -64,7 +70,20 @@ func TestSnapshotIsOneInstant(t *testing.T) {
 			}
 		})
 	}
+	for _, name := range names {
+		c := d.open(name)
+		running.Go(func() {
+			if err := holdUp(c, stop); err != nil {
+				t.Error(err)
+			}
+		})
+	}
 	t.Logf("repeat with -seed=%d", *seed)
+	stopped := sync.OnceFunc(func() {
+		close(stop)
+		running.Wait()
+	})
+	defer stopped()
 
 	const atOnce = 6
 	held := map[string]map[*slot]uint64{}
@@ -74,14 +93,13 @@ func TestSnapshotIsOneInstant(t *testing.T) {
 		held[name] = readSlots(t, d, name, all)
 		if n >= atOnce { // an older one still says the same
 			old := fmt.Sprint("s", n-atOnce)
-			if again := readSlots(t, d, old, all); !sameSlots(again, held[old]) {
+			if again := readSlots(t, d, old, all); !maps.Equal(again, held[old]) {
 				t.Errorf("snapshot %s changed", old)
 			}
 			rmdir(t, d.snapshot(old))
 		}
 	}
-	close(stop)
-	running.Wait()
+	stopped()
 	if t.Failed() {
 		return
 	}
@@ -91,6 +109,23 @@ func TestSnapshotIsOneInstant(t *testing.T) {
 		}
 	}
 	t.Logf("%d snapshots, %d ticks of %d writers", snapshots, ticks.Load(), writers)
+}
+
+// holdUp keeps writes in flight that take long, behind the slots: a device
+// whose turn came only after another's would have to wait for them, and leave
+// the writers time to show it.
+func holdUp(c *nbdConn, stop <-chan struct{}) error {
+	p := make([]byte, miB)
+	for off := c.size / 2; ; off = c.size/2 + (off+miB)%(c.size/2) {
+		select {
+		case <-stop:
+			return nil
+		default:
+		}
+		if err := c.writeAt(p, off); err != nil {
+			return fmt.Errorf("write at %d: %w", off, err)
+		}
+	}
 }
 
 // writer writes its slots in random order, each write after the last one was
@@ -127,18 +162,18 @@ func (w *writer) run(stop <-chan struct{}) error {
 func readSlots(t *testing.T, d *daemon, snapshot string, all [][]slot) map[*slot]uint64 {
 	t.Helper()
 	images := map[string]*os.File{}
-	for _, device := range []string{"vda", "vdb"} {
-		f, err := os.OpenFile(d.snapshot(snapshot, device+".img"), os.O_RDONLY|syscall.O_CLOEXEC, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer f.Close()
-		images[device] = f
-	}
 	held := map[*slot]uint64{}
 	for _, slots := range all {
 		for i := range slots {
 			s := &slots[i]
+			if images[s.device] == nil {
+				f, err := os.Open(d.snapshot(snapshot, s.device+".img"))
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer f.Close()
+				images[s.device] = f
+			}
 			pass, err := Pass(readAt(t, images[s.device], s.off, SectorSize), s.device, s.off)
 			if err != nil {
 				t.Fatalf("snapshot %s: %v", snapshot, err)
@@ -147,15 +182,6 @@ func readSlots(t *testing.T, d *daemon, snapshot string, all [][]slot) map[*slot
 		}
 	}
 	return held
-}
-
-func sameSlots(a, b map[*slot]uint64) bool {
-	for s, n := range a {
-		if b[s] != n {
-			return false
-		}
-	}
-	return len(a) == len(b)
 }
 
 // checkInstant returns an error if a slot lacks a write that was acknowledged
@@ -264,9 +290,8 @@ func TestImagesEqualTheModel(t *testing.T) {
 // describes; they begin at first. A trim may leave what was there or zeroes,
 // so it is written over.
 func changeSomething(c *nbdConn, rng *rand.Rand, model []uint64, first int64, pass uint64) error {
-	n := 1 + rng.IntN(200)
-	i := rng.IntN(len(model) - n)
-	off, length := first+int64(i)*SectorSize, int64(n)*SectorSize
+	i, length := randomRange(rng, int64(len(model))*SectorSize, 100*kiB)
+	off := first + i
 	switch rng.IntN(8) {
 	case 0:
 		pass = 0
@@ -285,8 +310,8 @@ func changeSomething(c *nbdConn, rng *rand.Rand, model []uint64, first int64, pa
 			return fmt.Errorf("write %d at %d: %w", length, off, err)
 		}
 	}
-	for j := range n {
-		model[i+j] = pass
+	for b := i / SectorSize; b < (i+length)/SectorSize; b++ {
+		model[b] = pass
 	}
 	return nil
 }

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"syscall"
 	"testing"
@@ -211,4 +212,17 @@ func (c *nbdConn) trim(off, n int64) error {
 
 func (c *nbdConn) flush() error {
 	return c.do(NBD_CMD_FLUSH, 0, 0, 0, nil, nil)
+}
+
+// randomRange returns a range of whole sectors, at most most bytes long, that
+// lies within size. Half of the ranges are of whole blocks of 4 KiB: the daemon
+// has a shorter way for them.
+func randomRange(rng *rand.Rand, size, most int64) (off, n int64) {
+	unit := int64(SectorSize)
+	if rng.IntN(2) == 0 {
+		unit = 4 * kiB
+	}
+	n = (1 + rng.Int64N(most/unit)) * unit
+	off = rng.Int64N((size-n)/unit+1) * unit
+	return off, n
 }
