@@ -5,6 +5,7 @@ package test
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -20,20 +21,51 @@ import (
 // of the daemon until the test ends.
 func attach(t *testing.T, d *daemon, export string) string {
 	t.Helper()
-	need(t, "nbdfuse")
-	point := filepath.Join(d.dir, "nbd-"+export)
-	mkdir(t, point)
+	return loop(t, fuseFile(t, d.uri(export)), false)
+}
 
+// fuseFile returns the path of a file that reads and writes an export until the
+// test ends.
+func fuseFile(t *testing.T, uri string) string {
+	t.Helper()
+	need(t, "nbdfuse")
+	point := scratch(t)
 	stderr := &log{}
-	cmd := exec.Command("nbdfuse", point, d.uri(export))
+	cmd := exec.Command("nbdfuse", point, uri)
 	cmd.Stderr = stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { endNbdfuse(t, cmd, point) })
-	eventually(t, "nbdfuse shows its file", func() bool { return exists(filepath.Join(point, "nbd")) })
-	return loop(t, filepath.Join(point, "nbd"), false)
+	file := filepath.Join(point, "nbd")
+	eventually(t, "nbdfuse shows its file", func() bool { return exists(file) })
+	return file
+}
+
+// slowOrigin returns the path of a file of size zeroes whose writes take at
+// least delay.
+func slowOrigin(t *testing.T, size int64, delay time.Duration) string {
+	t.Helper()
+	need(t, "nbdkit")
+	socket := filepath.Join(scratch(t), "slow.sock")
+	said := &log{}
+	cmd := exec.Command("nbdkit", "--foreground", "--exit-with-parent", "--unix", socket, "--filter=delay",
+		"memory", fmt.Sprint(size), fmt.Sprintf("delay-write=%dms", delay.Milliseconds()))
+	cmd.Stdout, cmd.Stderr = said, said
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		overdue := time.AfterFunc(patience, func() { cmd.Process.Kill() })
+		defer overdue.Stop()
+		cmd.Process.Signal(syscall.SIGTERM)
+		if err := cmd.Wait(); err != nil {
+			t.Errorf("nbdkit: %v\n%s", err, said)
+		}
+	})
+	eventually(t, "nbdkit listens", func() bool { return exists(socket) })
+	return fuseFile(t, "nbd+unix:///?socket="+socket)
 }
 
 // endNbdfuse unmounts point and waits for the nbdfuse that served it.
