@@ -130,10 +130,14 @@ func (d *Daemon) closeDevices() error {
 	for _, s := range d.allSnapshots() {
 		errs = append(errs, s.Destroy(true))
 	}
-	for _, dev := range d.sortedDevices() {
-		errs = append(errs, within(closeLimit, "close device "+dev.Name(), dev.Close))
+	devices := d.sortedDevices()
+	closed := make([]error, len(devices))
+	var all sync.WaitGroup
+	for i, dev := range devices {
+		all.Go(func() { closed[i] = within(closeLimit, "close device "+dev.Name(), dev.Close) })
 	}
-	return errors.Join(errs...)
+	all.Wait()
+	return errors.Join(append(errs, closed...)...)
 }
 
 // within waits for f, but not longer than limit: what hangs in a disk then ends

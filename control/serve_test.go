@@ -133,8 +133,21 @@ func TestServe(t *testing.T) {
 		}
 	}
 
+	followed := make(chan error, 1)
+	follow, heard := client.Events(t.Context(), true), make(chan struct{}, keptEvents)
+	go func() {
+		var err error
+		for _, err = range follow {
+			heard <- struct{}{}
+		}
+		followed <- err
+	}()
+	<-heard
 	r.stop()
 	r.wait(t)
+	if err := <-followed; err != nil {
+		t.Errorf("events that were followed until the stop ended with: %v", err)
+	}
 	for _, path := range []string{c.Run + "/control.sock", c.Run + "/nbd.sock", c.Mount + "/version"} {
 		if exists(path) {
 			t.Errorf("%s is still there after the stop", path)
@@ -251,6 +264,18 @@ func TestServeRefuses(t *testing.T) {
 	}
 	if text, _ := os.ReadFile(foreign); string(text) != "precious" {
 		t.Errorf("file that was no snapstore\n got %q\nwant it as it was", text)
+	}
+}
+
+// TestWithin waits for what hangs, and for what does not.
+func TestWithin(t *testing.T) {
+	release := make(chan struct{})
+	defer close(release)
+	err := within(time.Millisecond, "close device vda", func() error { <-release; return nil })
+	wantError(t, "what hangs", err, "close device vda: it hangs, left to the end of the process")
+	err = within(time.Hour, "close device vda", func() error { return io.ErrClosedPipe })
+	if !errors.Is(err, io.ErrClosedPipe) {
+		t.Errorf("what ends\n got %v\nwant %v", err, io.ErrClosedPipe)
 	}
 }
 
