@@ -2,16 +2,18 @@
 # Say in one line what this machine lacks, then install the Debian or Ubuntu
 # packages of those programs that are missing.
 #
-# usage: require.sh PROGRAM...
+# usage: require.sh PROGRAM|FILE...
 set -euo pipefail
 
-# The package that holds each program, where it is not called as the program.
+# The package that holds each program or file, where it is not called like it.
 declare -A package=(
+    [/usr/lib/python3/dist-packages/nbd.py]=python3-libnbd
     [e2fsck]=e2fsprogs
     [fusermount3]=fuse3
     [gcc]="gcc libc6-dev"
     [losetup]=mount
     [mkfs.btrfs]=btrfs-progs
+    [mkfs.ext4]=e2fsprogs
     [mkfs.xfs]=xfsprogs
     [nbdcopy]=libnbd-bin
     [nbdfuse]=libnbd-bin
@@ -20,7 +22,7 @@ declare -A package=(
     [qemu-nbd]=qemu-utils
     [qemu-storage-daemon]=qemu-system-common
     [qemu-system-x86_64]=qemu-system-x86
-    [setpriv]=util-linux
+    [unxz]=xz-utils
 )
 
 goIsNew() { # goIsNew VERSION: 1.26 or later, as in "go1.26.8"
@@ -28,9 +30,9 @@ goIsNew() { # goIsNew VERSION: 1.26 or later, as in "go1.26.8"
         ((BASH_REMATCH[1] > 1 || BASH_REMATCH[1] == 1 && BASH_REMATCH[2] >= 26))
 }
 
-lacks() { # lacks PROGRAM...: those that are not installed
+lacks() { # lacks PROGRAM|FILE...: those that are not installed
     for program; do
-        command -v "$program" >/dev/null || echo "$program"
+        command -v "$program" >/dev/null || [[ -f $program ]] || echo "$program"
     done
 }
 
@@ -62,17 +64,18 @@ export DEBIAN_FRONTEND=noninteractive
 apt-get -q update >/dev/null
 wanted=()
 for program in "${missing[@]}"; do
-    # Some releases have split a program out of the package named above.
-    if apt-cache show "$program" >/dev/null 2>&1; then
-        wanted+=("$program")
-    else
-        read -ra names <<<"${package[$program]:-$program}"
-        wanted+=("${names[@]}")
-    fi
+    read -ra names <<<"${package[$program]:-$program}"
+    wanted+=("${names[@]}")
 done
 apt-get -q install -y --no-install-recommends "${wanted[@]}" >/dev/null
 
-mapfile -t missing < <(lacks "$@")
+# Some releases have put a program of a package above into one of its own.
+for program in $(lacks "${missing[@]}"); do
+    if apt-cache show "$program" >/dev/null 2>&1; then
+        apt-get -q install -y --no-install-recommends "$program" >/dev/null
+    fi
+done
+mapfile -t missing < <(lacks "${missing[@]}")
 if ((${#missing[@]})); then
     echo "blksnap: no package of this system provides ${missing[*]}" >&2
     exit 1
