@@ -72,31 +72,38 @@ func (p *Pool) Discard() error {
 // sweep makes the slots that the part held when it was opened and nobody
 // adopted available, step by step.
 func (p *Pool) sweep(l *ledger) error {
-	l.punch.Lock()
-	defer l.punch.Unlock()
-	for {
-		p.mu.Lock()
-		from := l.swept
-		p.mu.Unlock()
-		if from == l.traits.Held {
-			return nil
-		}
-		data, err := l.part.NextData(from * SlotSize)
-		if err != nil {
-			return err
-		}
-		p.mu.Lock()
-		l.claimHeld(data / SlotSize)
-		p.mu.Unlock()
-		err = l.claim.extents(l.part.Punch)
-		p.mu.Lock()
-		l.settle(err)
-		p.noteFreed()
-		p.mu.Unlock()
-		if err != nil {
+	for more := true; more; {
+		var err error
+		if more, err = p.sweepStep(l); err != nil {
 			return err
 		}
 	}
+	return nil
+}
+
+// sweepStep says whether there is more to sweep.
+func (p *Pool) sweepStep(l *ledger) (more bool, err error) {
+	l.punch.Lock()
+	defer l.punch.Unlock()
+	p.mu.Lock()
+	from := l.swept
+	p.mu.Unlock()
+	if from == l.traits.Held {
+		return false, nil
+	}
+	data, err := l.part.NextData(from * SlotSize)
+	if err != nil {
+		return false, err
+	}
+	p.mu.Lock()
+	l.claimHeld(data / SlotSize)
+	p.mu.Unlock()
+	err = l.claim.extents(l.part.Punch)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	l.settle(err)
+	p.noteFreed()
+	return true, err
 }
 
 // claimHeld moves swept on: slots before data, which have no backing, become

@@ -366,6 +366,10 @@ func TestHangingPart(t *testing.T) {
 	if p.Freed() == since {
 		t.Errorf("nobody is told that the part works again")
 	}
+	since = p.Freed()
+	if p.survey(p.ledgers[0]); p.Freed() != since {
+		t.Errorf("it is told over and over that the part works again")
+	}
 	if got := allocOne(t, p, AllBlocks); got == s || got.Part() != 1 {
 		t.Errorf("slot when the part works again\n got %v\nwant another than %v of part 1", got, s)
 	}

@@ -33,8 +33,8 @@ func (p *Pool) WriteAt(s Slot, b []byte, off int64) error {
 		return fmt.Errorf("write slot %v: there is no such part", s)
 	}
 	err := l.do(l.part.WriteAt, b, s.index()*SlotSize+off)
-	if errors.Is(err, syscall.ENOSPC) && p.trim(l, 0) == nil {
-		// What waited to be used again was what is missing here.
+	for errors.Is(err, syscall.ENOSPC) && p.trimStep(l, 0) {
+		// What waited to be used again may be what is missing here.
 		err = l.do(l.part.WriteAt, b, s.index()*SlotSize+off)
 	}
 	if err == nil {

@@ -24,7 +24,6 @@ func (p *Pool) keep(l *ledger) {
 	defer close(l.gone)
 	tick := time.NewTicker(idleAfter)
 	defer tick.Stop()
-	seen := uint64(0)
 	for {
 		idle := false
 		select {
@@ -34,7 +33,8 @@ func (p *Pool) keep(l *ledger) {
 		case <-tick.C:
 			p.survey(l)
 			p.mu.Lock()
-			idle, seen = l.allocs == seen, l.allocs
+			idle = l.allocs == l.seen
+			l.seen = l.allocs
 			p.mu.Unlock()
 		}
 		p.tend(l, idle)
@@ -45,19 +45,29 @@ func (p *Pool) keep(l *ledger) {
 // somebody is writing.
 func (p *Pool) tend(l *ledger, idle bool) {
 	for {
-		select {
-		case <-p.done:
-			return
-		default:
-		}
 		p.mu.Lock()
-		target := l.maxSpare()
-		if idle {
+		allocs, target := l.allocs, l.maxSpare()
+		if idle && allocs == l.seen {
 			target, l.ahead, l.noAhead = 0, 0, false
 		}
 		p.mu.Unlock()
+		began := time.Now()
 		if !p.prepare(l) && !p.trimStep(l, target) {
 			return
+		}
+		p.mu.Lock()
+		busy := l.allocs != allocs
+		p.mu.Unlock()
+		pause := time.Duration(0)
+		if busy {
+			// Most file systems let nobody write to a file while it is
+			// punched: leave most of the time to those who do.
+			pause = 3 * time.Since(began)
+		}
+		select {
+		case <-p.done:
+			return
+		case <-time.After(pause):
 		}
 	}
 }

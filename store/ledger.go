@@ -34,6 +34,7 @@ type ledger struct {
 	spare   int64
 	stuck   int64  // slots in quarantine
 	allocs  uint64 // counts alloc and extend: tells the keeper what is idle
+	seen    uint64 // allocs when the keeper last looked
 	ahead   int64  // warm slots that the keeper has ready
 	noAhead bool   // it cannot
 	failed  error  // why no slot is given out any more

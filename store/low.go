@@ -32,7 +32,7 @@ const maxSamples = 8
 func (p *Pool) OnLow(f func(LowSpace)) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.onLow = f
+	p.onLow, p.lowSaid = f, false
 	p.wakeWatch()
 }
 
@@ -50,7 +50,7 @@ func (p *Pool) noteSpace() {
 		p.low = true
 		p.wakeWatch()
 	case p.low && free >= mark+mark/8:
-		p.low = false
+		p.low, p.lowSaid = false, false
 	}
 }
 
@@ -81,12 +81,14 @@ func (p *Pool) watch() {
 	}
 }
 
-// announce calls what OnLow was given, unless space came back meanwhile.
+// announce calls what OnLow was given, unless that heard of it already or space
+// came back meanwhile.
 func (p *Pool) announce() {
 	p.mu.Lock()
-	f, low, outlook := p.onLow, p.low, p.outlook(time.Now())
+	f, due, outlook := p.onLow, p.low && !p.lowSaid, p.outlook(time.Now())
+	p.lowSaid = p.low
 	p.mu.Unlock()
-	if f != nil && low {
+	if f != nil && due {
 		f(outlook)
 	}
 }

@@ -36,6 +36,7 @@ type Pool struct {
 	wake    chan struct{} // closed when freed changes; nil if nobody waits
 	misuse  error         // the first breach of a method's contract
 	low     bool          // free space is under the mark
+	lowSaid bool          // and that was said
 	onLow   func(LowSpace)
 	samples []sample // the latest last; never empty
 	closed  bool

@@ -19,8 +19,9 @@ func (c *claim) begin(first int64) {
 // end gives up what was claimed.
 func (c *claim) end() { c.begin(0) }
 
-// maxClaim bounds how many slots are held back at a time.
-const maxClaim = 256
+// maxClaim bounds how many slots are held back at a time, and with it for how
+// long a writer may find the file locked: about 0.2 ms for 4 MiB.
+const maxClaim = 64
 
 // has says whether one of the blocks of slot i is being punched.
 func (c *claim) has(i int64, mask uint16) bool {

@@ -50,6 +50,7 @@ func TestLowSpace(t *testing.T) {
 	}
 	take(160)
 	wantSaid("under the mark of a larger pool", 2*limit)
+	p.announce() // as if it was woken once more
 	if err := p.Close(); err != nil {
 		t.Fatal(err)
 	}
