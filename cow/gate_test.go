@@ -5,6 +5,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -17,21 +18,6 @@ func mustEnter(t *testing.T, g *gate) pass {
 	return p
 }
 
-// entering returns where it is told that somebody has entered.
-func entering(g *gate, stop <-chan struct{}) (in chan pass, out chan error) {
-	in, out = make(chan pass, 1), make(chan error, 1)
-	go func() {
-		p, ok := g.enter(stop)
-		if !ok {
-			out <- ErrStopping
-			return
-		}
-		in <- p
-		out <- nil
-	}()
-	return in, out
-}
-
 // beginWait is begin for what says whether it has waited to the end.
 func beginWait(f func() bool) chan error {
 	return begin(func() error {
@@ -42,14 +28,36 @@ func beginWait(f func() bool) chan error {
 	})
 }
 
-// awaitChange returns when v is not was any more.
-func awaitChange(t *testing.T, v *atomic.Uint32, was uint32) {
+// inBubble runs a test in which time is not real and passes only when everybody
+// waits, so that order needs no sleeps.
+func inBubble(f func(t *testing.T)) func(t *testing.T) {
+	return func(t *testing.T) { synctest.Test(t, f) }
+}
+
+// waitsOn checks that what c reports goes on waiting when everybody in the bubble
+// has come as far as they can.
+func waitsOn(t *testing.T, c chan error, what string) {
 	t.Helper()
-	for late := time.Now().Add(10 * time.Second); v.Load() == was; {
-		if time.Now().After(late) {
-			t.Fatalf("after 10 s: still %d", was)
+	synctest.Wait()
+	select {
+	case err := <-c:
+		t.Errorf("%s ended too early, with %v", what, err)
+		c <- err
+	default:
+	}
+}
+
+// ends checks that what c reports ends, without an error, before time passes.
+func ends(t *testing.T, c chan error, what string) {
+	t.Helper()
+	synctest.Wait()
+	select {
+	case err := <-c:
+		if err != nil {
+			t.Errorf("%s: %v", what, err)
 		}
-		time.Sleep(100 * time.Microsecond)
+	default:
+		t.Fatalf("%s goes on waiting", what)
 	}
 }
 
@@ -58,120 +66,120 @@ func TestGateShut(t *testing.T) {
 		name  string
 		turns int // before; they decide which counter is used
 	}{{"first counter", 0}, {"second counter", 1}} {
-		t.Run(tc.name, func(t *testing.T) { testGateShut(t, tc.turns) })
+		t.Run(tc.name, inBubble(func(t *testing.T) {
+			g := newGate()
+			for range tc.turns {
+				g.turn(nil)
+			}
+			inside := mustEnter(t, g)
+			g.shut()
+			if _, ok := g.tryEnter(); ok {
+				t.Error("a shut gate let somebody in")
+			}
+			entered := beginWait(func() bool {
+				_, ok := g.enter(nil)
+				return ok
+			})
+			emptied := beginWait(func() bool { return g.empty(time.Now().Add(time.Minute)) })
+			waitsOn(t, emptied, "waiting for who is inside")
+			waitsOn(t, entered, "entering a shut gate")
+			g.leave(inside)
+			ends(t, emptied, "waiting for nobody")
+			waitsOn(t, entered, "entering a shut gate that is empty")
+			g.open()
+			ends(t, entered, "entering a gate that was opened")
+			mustEnter(t, g)
+		}))
 	}
-}
-
-func testGateShut(t *testing.T, turns int) {
-	g := newGate()
-	for range turns {
-		g.turn(nil)
-	}
-	inside := mustEnter(t, g)
-	g.shut()
-	if _, ok := g.tryEnter(); ok {
-		t.Error("a shut gate let somebody in")
-	}
-	_, waits := entering(g, nil)
-	emptied := beginWait(func() bool { return g.empty(time.Now().Add(time.Minute)) })
-	stillWaits(t, emptied, "waiting for who is inside")
-	stillWaits(t, waits, "entering a shut gate")
-	g.leave(inside)
-	if err := <-emptied; err != nil {
-		t.Error("the gate did not become empty")
-	}
-	stillWaits(t, waits, "entering a shut gate that is empty")
-	g.open()
-	if err := <-waits; err != nil {
-		t.Errorf("enter after the gate opened: %v", err)
-	}
-	mustEnter(t, g)
 }
 
 func TestGateGivesUpAtDeadline(t *testing.T) {
-	g := newGate()
-	inside := mustEnter(t, g)
-	g.shut()
-	if g.empty(time.Now().Add(-time.Second)) {
-		t.Error("a gate with somebody inside is empty, says one whose time is up")
-	}
-	start := time.Now()
-	if g.empty(start.Add(20 * time.Millisecond)) {
-		t.Error("a gate with somebody inside is empty")
-	}
-	if d := time.Since(start); d < 20*time.Millisecond || d > 5*time.Second {
-		t.Errorf("gave up after %v, want 20ms", d)
-	}
-	g.open()
-	g.leave(mustEnter(t, g)) // goes on as before
-	g.shut()
-	g.leave(inside)
-	if !g.empty(time.Now().Add(-time.Second)) {
-		t.Error("an empty gate is not, says one whose time is up")
-	}
-	g.open()
+	synctest.Test(t, func(t *testing.T) {
+		g := newGate()
+		inside := mustEnter(t, g)
+		g.shut()
+		if g.empty(time.Now().Add(-time.Second)) {
+			t.Error("a gate with somebody inside is empty, says one whose time is up")
+		}
+		start := time.Now()
+		if g.empty(start.Add(2 * time.Second)) {
+			t.Error("a gate with somebody inside is empty")
+		}
+		if got := time.Since(start); got != 2*time.Second {
+			t.Errorf("gave up after %v, want 2s", got)
+		}
+		g.open()
+		g.leave(mustEnter(t, g)) // goes on as before
+		g.shut()
+		g.leave(inside)
+		if !g.empty(time.Now().Add(-time.Second)) {
+			t.Error("an empty gate is not, says one whose time is up")
+		}
+	})
 }
 
 func TestGateStops(t *testing.T) {
-	g := newGate()
-	g.shut()
-	stop := make(chan struct{})
-	_, waits := entering(g, stop)
-	stillWaits(t, waits, "entering a shut gate")
-	close(stop)
-	if err := <-waits; err != ErrStopping {
-		t.Errorf("enter after the stop: got %v, want ErrStopping", err)
-	}
-	if !g.empty(time.Now()) {
-		t.Error("who gave up is inside")
-	}
-	g.open()
+	synctest.Test(t, func(t *testing.T) {
+		g := newGate()
+		g.shut()
+		stop := make(chan struct{})
+		entered := beginWait(func() bool {
+			_, ok := g.enter(stop)
+			return ok
+		})
+		waitsOn(t, entered, "entering a shut gate")
+		close(stop)
+		if err := <-entered; err != ErrStopping {
+			t.Errorf("enter after the stop: got %v, want ErrStopping", err)
+		}
+		if !g.empty(time.Now()) {
+			t.Error("who gave up is inside")
+		}
+	})
 }
 
 func TestGateTurn(t *testing.T) {
-	g := newGate()
-	before := mustEnter(t, g)
-	phase := g.state.Load()
-	turned := beginWait(func() bool { return g.turn(nil) })
-	awaitChange(t, &g.state, phase)
-	stillWaits(t, turned, "a turn with somebody inside")
-	after := mustEnter(t, g) // newcomers are not held up, and not waited for
-	g.leave(mustEnter(t, g))
-	stillWaits(t, turned, "a turn after newcomers left")
-	g.leave(before)
-	if err := <-turned; err != nil {
-		t.Error("the turn stopped")
-	}
-	// The next turn waits for who came during the one before.
-	turned = beginWait(func() bool { return g.turn(nil) })
-	stillWaits(t, turned, "the next turn")
-	g.leave(after)
-	if err := <-turned; err != nil {
-		t.Error("the turn stopped")
-	}
-	for range 3 { // nobody is inside
-		if !g.turn(nil) {
-			t.Error("a turn of an empty gate stopped")
+	synctest.Test(t, func(t *testing.T) {
+		g := newGate()
+		before := mustEnter(t, g)
+		turned := beginWait(func() bool { return g.turn(nil) })
+		waitsOn(t, turned, "a turn with somebody inside")
+		after := mustEnter(t, g) // newcomers are not held up, and not waited for
+		g.leave(mustEnter(t, g))
+		waitsOn(t, turned, "a turn after a newcomer left")
+		g.leave(before)
+		ends(t, turned, "a turn with only a newcomer inside")
+		// The next turn waits for who came during the one before.
+		turned = beginWait(func() bool { return g.turn(nil) })
+		waitsOn(t, turned, "the next turn")
+		g.leave(after)
+		ends(t, turned, "the next turn with nobody inside")
+		for range 3 {
+			if !g.turn(nil) {
+				t.Error("a turn of an empty gate stopped")
+			}
 		}
-	}
+	})
 }
 
 func TestGateTurnWhileShut(t *testing.T) {
-	g := newGate()
-	inside := mustEnter(t, g)
-	g.shut()
-	turned := beginWait(func() bool { return g.turn(nil) })
-	emptied := beginWait(func() bool { return g.empty(time.Now().Add(time.Minute)) })
-	stillWaits(t, turned, "a turn with somebody inside")
-	if _, ok := g.tryEnter(); ok {
-		t.Error("a turn opened a shut gate")
-	}
-	g.leave(inside)
-	if err1, err2 := <-turned, <-emptied; err1 != nil || err2 != nil {
-		t.Errorf("after the last one left: got %v, %v", err1, err2)
-	}
-	g.open()
-	mustEnter(t, g)
+	synctest.Test(t, func(t *testing.T) {
+		g := newGate()
+		inside := mustEnter(t, g)
+		g.shut()
+		turned := beginWait(func() bool { return g.turn(nil) })
+		emptied := beginWait(func() bool { return g.empty(time.Now().Add(time.Minute)) })
+		waitsOn(t, turned, "a turn with somebody inside")
+		waitsOn(t, emptied, "waiting for who is inside")
+		if _, ok := g.tryEnter(); ok {
+			t.Error("a turn opened a shut gate")
+		}
+		g.leave(inside)
+		ends(t, turned, "a turn with nobody inside")
+		ends(t, emptied, "waiting for nobody")
+		g.open()
+		mustEnter(t, g)
+	})
 }
 
 // TestGateStoppedTurn checks that a turn that was given up makes no later one end
@@ -184,41 +192,44 @@ func TestGateStoppedTurn(t *testing.T) {
 		{"the older one leaves first", [2]int{0, 1}},
 		{"the newer one leaves first", [2]int{1, 0}},
 	} {
-		t.Run(tc.name, func(t *testing.T) {
+		t.Run(tc.name, inBubble(func(t *testing.T) {
 			g := newGate()
 			before := mustEnter(t, g)
 			stop := make(chan struct{})
-			phase := g.state.Load()
 			stopped := beginWait(func() bool { return g.turn(stop) })
-			awaitChange(t, &g.state, phase)
+			waitsOn(t, stopped, "a turn with somebody inside")
 			close(stop)
 			if err := <-stopped; err == nil {
 				t.Error("a stopped turn ended as if nobody were inside")
 			}
 			passes := [2]pass{before, mustEnter(t, g)}
 			turned := beginWait(func() bool { return g.turn(nil) })
-			stillWaits(t, turned, "a turn after one that was stopped")
+			waitsOn(t, turned, "a turn after one that was stopped")
 			g.leave(passes[tc.order[0]])
-			stillWaits(t, turned, "a turn with one still inside")
+			waitsOn(t, turned, "a turn with one still inside")
 			g.leave(passes[tc.order[1]])
-			if err := <-turned; err != nil {
-				t.Error("the turn stopped")
-			}
-		})
+			ends(t, turned, "a turn with nobody inside")
+		}))
 	}
 }
 
-func TestGateTurnsOneAfterTheOther(t *testing.T) {
-	g := newGate()
-	inside := mustEnter(t, g)
-	first := beginWait(func() bool { return g.turn(nil) })
-	second := beginWait(func() bool { return g.turn(nil) })
-	stillWaits(t, first, "a turn with somebody inside")
-	stillWaits(t, second, "another turn with somebody inside")
-	g.leave(inside)
-	if err1, err2 := <-first, <-second; err1 != nil || err2 != nil {
-		t.Errorf("turns after the last one left: got %v, %v", err1, err2)
-	}
+// TestGateWakesUp has the last one leave after the counter was looked at and before
+// the wait begins.
+func TestGateWakesUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newGate()
+		inside := mustEnter(t, g)
+		looks := 0
+		drained := beginWait(func() bool {
+			return g.drain(nil, nil, func() bool {
+				if looks++; looks == 1 {
+					g.leave(inside)
+				}
+				return looks > 1 // the first look was a moment before
+			})
+		})
+		ends(t, drained, "waiting for one who left just before the wait")
+	})
 }
 
 // TestGateStress has many enter and leave while the gate is shut and turned. What
@@ -294,25 +305,6 @@ func TestGateStress(t *testing.T) {
 	g.shut()
 	if !g.empty(time.Now()) {
 		t.Error("somebody stayed inside")
-	}
-}
-
-// TestGateWakesUp has the last one leave after the counter was looked at and before
-// the wait begins.
-func TestGateWakesUp(t *testing.T) {
-	g := newGate()
-	inside := mustEnter(t, g)
-	stop := make(chan struct{})
-	late := time.AfterFunc(5*time.Second, func() { close(stop) })
-	defer late.Stop()
-	looks := 0
-	if !g.drain(nil, stop, func() bool {
-		if looks++; looks == 1 {
-			g.leave(inside)
-		}
-		return looks > 1 // the first look was a moment before
-	}) {
-		t.Error("who left just before the wait was missed")
 	}
 }
 
