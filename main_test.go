@@ -304,10 +304,24 @@ func TestMount(t *testing.T) {
 	}
 	p := newPlace(t)
 	options := "rw,origin=vda=" + p.origin + ",store=mem:1MiB,run=" + p.run + ",state=" + p.state + ",dev,suid"
-	// The pipes of status end only when the daemon has let go of them.
-	code, out, stderr := status(t, blksnap(t, "blksnap", p.mount, "-o", options))
+	// Whatever mount has open ends with it, and not with the daemon.
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	mount := blksnap(t, "blksnap", p.mount, "-o", options)
+	mount.ExtraFiles = []*os.File{w}
+	code, out, stderr := status(t, mount)
 	if code != 0 || out != "" || stderr != "" {
 		t.Fatalf("mount\n got status %d, %q, %q\nwant 0 and no word", code, out, stderr)
+	}
+	w.Close()
+	if err := r.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := r.Read(make([]byte, 1)); err != io.EOF {
+		t.Errorf("a pipe that mount had open\n got %d, %v\nwant %v", n, err, io.EOF)
 	}
 	text, err := os.ReadFile(p.run + "/lock")
 	if err != nil {

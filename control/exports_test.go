@@ -65,6 +65,9 @@ func TestOpenExport(t *testing.T) {
 	if diff := cmp.Diff(want, names(exports{d}.List(), func(e intercept.ExportInfo) string { return e.Name })); diff != "" {
 		t.Errorf("list, -want +got:\n%s", diff)
 	}
+	if err := d.destroy("s", false); err != nil {
+		t.Errorf("destroy a snapshot that was released: %v", err)
+	}
 }
 
 func TestEmptyNameIsTheOnlyDevice(t *testing.T) {

@@ -4,9 +4,9 @@
 //
 // and takes our status and our words on stderr for its own. We run ourselves
 // again, as `blksnap serve --mount DIR ...` in a session of its own, and wait
-// until that daemon is ready or has failed. Its words come through a pipe, which
-// it lets go when it is ready: who waits for the end of mount's output must not
-// wait for the end of the daemon.
+// until that daemon is ready or has failed. Its words come through a pipe: it
+// holds nothing that was ours, so that who waits for the end of mount's output
+// does not wait for the end of the daemon.
 
 package control
 
@@ -17,6 +17,7 @@ import (
 	"fmt"
 	"io"
 	"log/syslog"
+	"math"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -52,6 +53,10 @@ func Mount(ctx context.Context, args []string) error {
 	serve, err := serveArgs(args[1], args[3])
 	if err != nil {
 		return err
+	}
+	// What was left open to us is not for the daemon.
+	if err := unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
+		return fmt.Errorf("close what was left open: %w", err)
 	}
 	r, w, err := os.Pipe()
 	if err != nil {
@@ -138,23 +143,4 @@ func systemLog() io.Writer {
 		return io.Discard // there is no system log: `blksnap events` is left
 	}
 	return w
-}
-
-// goBackground lets the pipe to Mount go, once the daemon is ready. In the
-// foreground it does nothing.
-func goBackground() error {
-	if !inBackground() {
-		return nil
-	}
-	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
-	if err != nil {
-		return err
-	}
-	defer null.Close()
-	for _, fd := range []int{1, 2} {
-		if err := unix.Dup3(int(null.Fd()), fd, 0); err != nil {
-			return err
-		}
-	}
-	return os.Chdir("/")
 }

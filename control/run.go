@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"strings"
 	"sync"
 	"time"
@@ -75,8 +76,11 @@ func (s *service) announce(out io.Writer) {
 		s.log.Warn("say what is served", "err", err)
 	}
 	notify(s.log, sd.SdNotifyReady)
-	if err := goBackground(); err != nil {
-		s.log.Warn("go into the background", "err", err)
+	if inBackground() {
+		// No file system is kept busy because the daemon was started in it.
+		if err := os.Chdir("/"); err != nil {
+			s.log.Warn("leave the directory", "err", err)
+		}
 	}
 }
 

@@ -74,9 +74,9 @@ func TestSettle(t *testing.T) {
 	})
 	t.Run("with a socket of systemd", func(t *testing.T) {
 		t.Setenv("NOTIFY_SOCKET", "/run/systemd/notify")
-		got, err := settle(Config{File: file}, true)
-		if got.private != "" || got.run != "/f/run" || err != nil {
-			t.Errorf("settings under systemd\n got %+v, %v\nwant those of the file", got, err)
+		got, err := settle(Config{File: writeConfig(t, "")}, true)
+		if got.private != "" || got.run != defaultPlaces().run || err != nil {
+			t.Errorf("settings under systemd\n got %+v, %v\nwant the usual directories", got, err)
 		}
 	})
 }

@@ -142,6 +142,10 @@ func TestNumbersNeverComeAgain(t *testing.T) {
 	if again.CBT.Base < last.Number || again.CBT.Generation == last.Generation {
 		t.Errorf("change tracking of a device added again\n got %+v\nwant a new generation from %d on", again.CBT, last.Number)
 	}
+	d.number = 1 << 60 // as if the clock had been set back since
+	if got := d.firstNumber(); got <= d.number {
+		t.Errorf("first number after %d\n got %d\nwant one above", d.number, got)
+	}
 }
 
 // TestSetInUse changes the set from many goroutines at once.
