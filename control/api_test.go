@@ -187,7 +187,7 @@ func TestAPIBounds(t *testing.T) {
 	}{
 		{"no JSON", "POST", "/snapshots", "snapshot please", http.StatusBadRequest},
 		{"unknown key", "POST", "/snapshots", `{"name":"x","force":true}`, http.StatusBadRequest},
-		{"too long a body", "POST", "/snapshots", `{"name":"` + strings.Repeat("x", maxRequest), http.StatusBadRequest},
+		{"too long a body", "POST", "/snapshots", `{"name":"x",` + strings.Repeat(" ", maxRequest) + `"devices":[]}`, http.StatusBadRequest},
 		{"long name", "POST", "/snapshots", `{"name":"` + strings.Repeat("x", maxRequest/2) + `"}`, http.StatusBadRequest},
 		{"relative origin", "POST", "/devices", `{"name":"x","origin":"disk.img"}`, http.StatusBadRequest},
 		{"range that overflows", "POST", "/devices/vda/cbt/mark", `{"ranges":["4096:9223372036854775807"]}`, http.StatusBadRequest},

@@ -133,6 +133,13 @@ func TestServe(t *testing.T) {
 		}
 	}
 
+	made := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(made, nil, 0o666); err != nil {
+		t.Fatal(err)
+	}
+	if st, err := os.Stat(made); err != nil || st.Mode().Perm() != 0o600 {
+		t.Errorf("file that the daemon makes\n got %v, %v\nwant it closed to others", st.Mode(), err)
+	}
 	followed := make(chan error, 1)
 	follow, heard := client.Events(t.Context(), true), make(chan struct{}, keptEvents)
 	go func() {
