@@ -208,6 +208,26 @@ func TestForceSparesLockedImages(t *testing.T) {
 	}
 }
 
+// TestForceCountsWhatItFrees: what a file holds that is taken over is free for
+// the store.
+func TestForceCountsWhatItFrees(t *testing.T) {
+	if !inNamespace(t) {
+		return
+	}
+	path := filepath.Join(mountTmpfs(t, "64m"), "store")
+	if err := os.WriteFile(path, make([]byte, 40<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	part, err := OpenFile(path, 0, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer part.Close()
+	if got, want := part.Traits().Limit, int64(32<<20); got != want {
+		t.Errorf("default limit\n got %d\nwant half of the file system, %d", got, want)
+	}
+}
+
 func TestFileOnAFullDisk(t *testing.T) {
 	if !inNamespace(t) {
 		return

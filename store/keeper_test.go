@@ -119,6 +119,26 @@ func TestSpareIsBounded(t *testing.T) {
 	stop()
 }
 
+// TestSinglesAreBounded frees more slots with the same single block than are
+// kept to be used again.
+func TestSinglesAreBounded(t *testing.T) {
+	p := openPool(t, openMem(t, 1<<30))
+	var slots []Slot
+	for range maxSingles + 100 {
+		slots = append(slots, allocOne(t, p, 1<<7))
+	}
+	stop := keepBusy(p)
+	defer stop()
+	for _, s := range slots {
+		p.Free(s, 1<<7)
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if got := len(p.ledgers[0].single[7]); got != maxSingles {
+		t.Errorf("slots kept\n got %d\nwant %d", got, maxSingles)
+	}
+}
+
 // TestFreeWakesTheKeeper: what is too much to be kept is not kept until the
 // keeper looks by itself.
 func TestFreeWakesTheKeeper(t *testing.T) {
@@ -184,18 +204,18 @@ func TestWholeSlotsArePrepared(t *testing.T) {
 	alloc(t, p, repeat(16, AllBlocks)...)
 	eventually(t, "as many as were asked for are ready", func() bool { return ahead(l, p) >= 16 })
 	stop := keepBusy(p)
-	eventually(t, "as many as are allowed are ready", func() bool {
-		alloc(t, p, repeat(2, AllBlocks)...)
-		return ahead(l, p) > maxAhead-unitSlots
-	})
-	if got, want := backingOf(t, path), int64((maxAhead-unitSlots)*SlotSize); got < want {
-		t.Errorf("bytes on disk under slots that are ready\n got %d\nwant at least %d", got, want)
-	}
+	p.mu.Lock()
+	l.wantAhead(10 * maxAhead)
+	p.mu.Unlock()
+	p.tend(l, false)
 	for range 1000 {
-		alloc(t, p, 1)
+		alloc(t, p, 1) // and nobody else takes them
 	}
-	if got := ahead(l, p); got <= maxAhead-unitSlots || got > maxAhead {
-		t.Errorf("whole slots that are ready, after others asked for single blocks\n got %d\nwant %d or a few less", got, maxAhead)
+	if got := ahead(l, p); got != maxAhead {
+		t.Errorf("whole slots that are ready\n got %d\nwant %d", got, maxAhead)
+	}
+	if got, want := backingOf(t, path), int64(maxAhead*SlotSize); got < want {
+		t.Errorf("bytes on disk under slots that are ready\n got %d\nwant at least %d", got, want)
 	}
 	stop()
 	eventually(t, "they are given back", func() bool { return ahead(l, p) == 0 && spareOf(p) == 0 })

@@ -31,7 +31,7 @@ func TestMemLimits(t *testing.T) {
 
 func TestCgroupLimit(t *testing.T) {
 	root := t.TempDir()
-	for dir, max := range map[string]string{"a": "max", "a/b": "5000", "a/b/c": "70000"} {
+	for dir, max := range map[string]string{"a": "max", "a/b": "5000", "a/b/c": "70000", "d": "70000", "d/e": "6000"} {
 		if err := os.MkdirAll(filepath.Join(root, dir), 0o700); err != nil {
 			t.Fatal(err)
 		}
@@ -45,6 +45,7 @@ func TestCgroupLimit(t *testing.T) {
 	}{
 		{"no limit", "0::/a\n", 100_000},
 		{"its own", "0::/a/b\n", 5000},
+		{"less than that of a group above", "0::/d/e\n", 6000},
 		{"of a group above", "1:cpu:/x\n0::/a/b/c\n", 5000},
 		{"the root", "0::/\n", 100_000},
 		{"gone", "0::/a/b/gone (deleted)\n", 5000},

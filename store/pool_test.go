@@ -67,6 +67,28 @@ func TestAllocGivesNeighbours(t *testing.T) {
 	}
 }
 
+// TestAllocPassesGapsBy: single slots that were freed here and there do not make
+// a large write one of many pieces.
+func TestAllocPassesGapsBy(t *testing.T) {
+	p := openPool(t, openMem(t, 64<<20))
+	slots := alloc(t, p, repeat(64, 0b101)...)
+	for i := 0; i < len(slots); i += 2 {
+		p.Free(slots[i], 0b101)
+	}
+	if err := p.Discard(); err != nil {
+		t.Fatal(err)
+	}
+	if got := allocOne(t, p, 0b101); got != slots[0] {
+		t.Errorf("a single slot\n got %v\nwant the first gap, %v", got, slots[0])
+	}
+	got := alloc(t, p, repeat(8, 0b1111)...)
+	for i, s := range got {
+		if s != got[0]+Slot(i) {
+			t.Fatalf("slots\n got %v\nwant neighbours", got)
+		}
+	}
+}
+
 // TestSpaceCountsBlocks follows the space of a pool through every change.
 func TestSpaceCountsBlocks(t *testing.T) {
 	const limit = 4 << 20
