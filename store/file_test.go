@@ -307,3 +307,40 @@ func TestFileThatCannotPunch(t *testing.T) {
 	}
 	m.check()
 }
+
+// TestFileSizeLimit: a limit on the size of files is a full store, neither a
+// signal nor a failed part.
+func TestFileSizeLimit(t *testing.T) {
+	p := openPool(t, openFile(t, filepath.Join(t.TempDir(), "store"), 64<<20), openMem(t, 64<<20))
+	var old unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_FSIZE, &old); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Setrlimit(unix.RLIMIT_FSIZE, &unix.Rlimit{Cur: 10 << 20, Max: old.Max}); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Setrlimit(unix.RLIMIT_FSIZE, &old); err != nil {
+			t.Error(err)
+		}
+	})
+	written := 0
+	for range 400 {
+		s := allocOne(t, p, 0b1111_0000_0000_0001)
+		err := p.WriteAt(s, make([]byte, BlockSize), 15*BlockSize)
+		if err == nil {
+			written++
+			continue
+		}
+		if !errors.Is(err, syscall.ENOSPC) {
+			t.Fatalf("WriteAt beyond the limit\n got %v\nwant %v", err, syscall.ENOSPC)
+		}
+		p.Free(s, 0b1111_0000_0000_0001)
+	}
+	if info := p.Parts(); info[0].State != "ok" || info[0].Used < 9<<20/16*5 || info[1].Used == 0 {
+		t.Errorf("parts\n got %+v\nwant 9 MiB of slots or more in the file, then memory", info)
+	}
+	if written < 390 {
+		t.Errorf("blocks written\n got %d\nwant nearly 400", written)
+	}
+}

@@ -1,6 +1,9 @@
 package store
 
-import "testing"
+import (
+	"path/filepath"
+	"testing"
+)
 
 func TestParseSpec(t *testing.T) {
 	for _, tc := range []struct {
@@ -84,6 +87,40 @@ func TestSizes(t *testing.T) {
 	for _, text := range []string{"", "KiB", "-1", "+1", "1.5GiB", "1 GiB", "1gib", "0x10", "1_000", "8192PiB", "99999999999999999999", "9223372036854775808"} {
 		if got, err := ParseSize(text); err == nil {
 			t.Errorf("ParseSize(%q)\n got %d\nwant an error", text, got)
+		}
+	}
+}
+
+// TestOpen opens what a spec says, and its traits say how to open it again.
+func TestOpen(t *testing.T) {
+	t.Run("device", func(t *testing.T) {
+		openAgain(t, "dev:"+loopDevice(t, sparseFile(t, t.TempDir(), 4<<20)), Dev)
+	})
+	openAgain(t, "mem:1MiB", Mem)
+	openAgain(t, "file:"+filepath.Join(t.TempDir(), "store")+":1MiB", File)
+	if part, err := Open(Spec{Kind: "tape"}, false); err == nil {
+		part.Close()
+		t.Errorf("Open of an unknown kind: no error")
+	}
+}
+
+func openAgain(t *testing.T, text string, kind Kind) {
+	t.Helper()
+	spec, err := ParseSpec(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		part, err := Open(spec, false)
+		if err != nil {
+			t.Fatalf("Open(%v): %v", spec, err)
+		}
+		if got := part.Traits().Spec; got.Kind != kind || got.String() != text {
+			t.Errorf("spec of the open part\n got %v\nwant %s", got, text)
+		}
+		spec = part.Traits().Spec
+		if err := part.Close(); err != nil {
+			t.Fatal(err)
 		}
 	}
 }
