@@ -225,13 +225,20 @@ func (d *Device) Close() error {
 		return nil
 	}
 	d.closed = true
-	images := slices.Clone(d.images)
 	d.mu.Unlock()
 	close(d.stop)
+	// Images end when nobody is left to act on it: the reclaimer would take them
+	// for destroyed, and a writer would preserve nothing for them, though the next
+	// Open opens them again.
+	d.running.Wait()
+	d.writers.shut() // for ever
+	d.writers.turn(nil)
+	d.mu.Lock()
+	images := slices.Clone(d.images)
+	d.mu.Unlock()
 	for _, i := range images {
 		i.end(stopping)
 	}
-	d.running.Wait()
 	err := d.closeTables()
 	d.copier.close()
 	d.changes.Close()

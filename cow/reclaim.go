@@ -229,11 +229,9 @@ func (d *Device) markStuck(s store.Slot) {
 }
 
 // closeTables unmaps all tables when the device closes: the reclaimer has ended,
-// and requests are answered with ErrStopping. It waits for those that are inside,
-// because they are looking at the tables.
+// writers are shut out, and images are read no more. It waits for the readers that
+// are inside, because they are looking at the tables.
 func (d *Device) closeTables() error {
-	d.writers.shut() // for ever
-	d.writers.turn(nil)
 	d.readers.turn(nil)
 	d.mu.Lock()
 	layers := slices.Concat(d.layers, d.scrap.layers, d.scrap.empty)

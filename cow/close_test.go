@@ -1,0 +1,142 @@
+package cow
+
+import (
+	"bytes"
+	"errors"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"blksnap/store"
+)
+
+// home is where a device's origin, snapstore and state are. It is opened and closed
+// as often as a test likes.
+type home struct {
+	t    *testing.T
+	dir  string
+	size int64
+
+	cat  *Catalogue
+	part *part
+	pool *store.Pool
+	dev  *Device
+}
+
+func newHome(t *testing.T, size int64) *home {
+	t.Helper()
+	h := &home{t: t, dir: t.TempDir(), size: size}
+	if err := os.WriteFile(filepath.Join(h.dir, "vda"), make([]byte, size), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(filepath.Join(h.dir, "run"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	return h
+}
+
+// open returns the snapshots that were found.
+func (h *home) open() map[string]*Snapshot {
+	h.t.Helper()
+	h.cat = newCatalogue(h.t, filepath.Join(h.dir, "run"))
+	f, err := store.OpenFile(filepath.Join(h.dir, "store"), 16<<20, false)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	h.part = &part{Part: f, hangs: true}
+	h.pool = store.NewPool(h.part)
+	o, err := OpenOrigin(filepath.Join(h.dir, "vda"))
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	if h.dev, err = h.cat.Open(o, h.pool, Config{Name: "vda"}); err != nil {
+		h.t.Fatal(err)
+	}
+	snaps := make(map[string]*Snapshot)
+	for _, s := range h.cat.Recover() {
+		snaps[s.Name()] = s
+	}
+	if err := h.pool.Discard(); err != nil {
+		h.t.Fatal(err)
+	}
+	return snaps
+}
+
+func (h *home) take(name string) *Snapshot {
+	h.t.Helper()
+	s, err := h.cat.Take(name, []*Device{h.dev}, TakeOptions{Limit: time.Minute})
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	return s
+}
+
+// close closes what is left when the device is closed.
+func (h *home) close() {
+	h.t.Helper()
+	if err := errors.Join(h.dev.Close(), h.pool.Close(), h.cat.Close()); err != nil {
+		h.t.Errorf("close: %v", err)
+	}
+}
+
+// TestCloseKeepsSnapshots closes a device in the middle of a fold, while it is
+// written to. The images that end with the process must not look to the reclaimer
+// like ones that were destroyed, nor to a writer like ones that need nothing any
+// more: the next start opens them again.
+func TestCloseKeepsSnapshots(t *testing.T) {
+	const size = 1 << 20
+	for range 8 { // what the reclaimer sees first is a matter of chance
+		h := newHome(t, size)
+		h.open()
+		put(t, h.dev, 1, 0, size)
+		h.take("a")
+		put(t, h.dev, 2, blockSize, blockSize)
+		between := h.take("between")
+		put(t, h.dev, 3, 2*blockSize, blockSize)
+		h.take("c")
+		want := map[string][]byte{"a": bytes.Repeat([]byte{1}, size), "c": make([]byte, size)}
+		if err := h.dev.Read(want["c"], 0); err != nil {
+			t.Fatal(err)
+		}
+
+		entered, release := stop(h.part.hook, "write", 2*blockSize) // joins two slots
+		destroyed := begin(func() error { return between.Destroy(false) })
+		<-entered
+		closed := begin(h.dev.Close)
+		stillWaits(t, closed, "closing while a slot is copied")
+		err := h.dev.Write(bytes.Repeat([]byte{4}, blockSize), 5*blockSize, false)
+		if err != nil && !errors.Is(err, ErrStopping) {
+			t.Errorf("a write to a device that is closing: %v", err)
+		}
+		close(release)
+		if err := errors.Join(<-closed, <-destroyed); err != nil {
+			t.Error(err)
+		}
+		h.close()
+
+		snaps := h.open()
+		for name, bytes := range want {
+			s := snaps[name]
+			if s == nil {
+				t.Errorf("snapshot %s is gone after a clean end", name)
+				continue
+			}
+			got := make([]byte, size)
+			if err := image(t, s, "vda").Read(got, 0); err != nil {
+				t.Errorf("snapshot %s: %v", name, err)
+				continue
+			}
+			if at := firstDiff(got, bytes); at >= 0 {
+				t.Errorf("snapshot %s: at %d got %d, want %d", name, at, got[at], bytes[at])
+			}
+		}
+		if err := Check(h.pool, h.dev); err != nil {
+			t.Error(err)
+		}
+		h.close()
+		if t.Failed() {
+			return
+		}
+	}
+}
