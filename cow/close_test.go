@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"blksnap/store"
@@ -139,4 +140,34 @@ func TestCloseKeepsSnapshots(t *testing.T) {
 			return
 		}
 	}
+}
+
+// TestDestroyWhenClosed checks that nobody waits for a reclaimer that has ended, or
+// ends meanwhile.
+func TestDestroyWhenClosed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, 1, 1<<20, 1<<20)
+		d := r.devs[0]
+		r.devs = nil // closed here
+		before, after := r.take("before", d), r.take("after", d)
+
+		inside, _ := d.readers.tryEnter()
+		start := time.Now()
+		destroyed := begin(func() error { return before.Destroy(false) })
+		waitsOn(t, destroyed, "destroying with a reader inside")
+		closed := begin(d.Close)
+		ends(t, destroyed, "destroying while the device is closed")
+		waitsOn(t, closed, "closing with a reader inside")
+		d.readers.leave(inside)
+		ends(t, closed, "closing")
+		if err := after.Destroy(false); err != nil {
+			t.Error(err)
+		}
+		if got := time.Since(start); got != 0 {
+			t.Errorf("destroying waited for %v", got)
+		}
+		if err := d.Close(); err != nil {
+			t.Errorf("close again: %v", err)
+		}
+	})
 }

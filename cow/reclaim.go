@@ -82,19 +82,15 @@ func (d *Device) askLocked() {
 }
 
 // settle waits until everything that was useless at the call was given back, at
-// most limit, and says whether it was.
+// most limit or until the device stops, and says whether it was.
 func (d *Device) settle(limit time.Duration) bool {
-	late := time.AfterFunc(limit, func() {
-		d.mu.Lock()
-		d.settled.Broadcast()
-		d.mu.Unlock()
-	})
+	deadline := time.Now().Add(limit) // not after the timer's
+	late := time.AfterFunc(limit, d.wakeSettlers)
 	defer late.Stop()
-	deadline := time.Now().Add(limit)
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for want := d.asked; d.round < want; {
-		if !time.Now().Before(deadline) {
+		if d.closed || !time.Now().Before(deadline) {
 			return false
 		}
 		d.settled.Wait()
@@ -102,9 +98,16 @@ func (d *Device) settle(limit time.Duration) bool {
 	return true
 }
 
+func (d *Device) wakeSettlers() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.settled.Broadcast()
+}
+
 // reclaim does rounds until the device stops.
 func (d *Device) reclaim() {
 	defer d.running.Done()
+	defer d.wakeSettlers()
 	for {
 		select {
 		case <-d.stop:
