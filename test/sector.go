@@ -103,7 +103,7 @@ func Pass(s []byte, device string, off int64) (uint64, error) {
 
 func checkSector(s []byte, device string, off int64) error {
 	if !bytes.HasPrefix(s, sectorMagic) {
-		return fmt.Errorf("holds bytes that no test wrote: %x...", s[:16])
+		return fmt.Errorf("holds bytes that no test wrote, beginning with %x", s[:16])
 	}
 	if binary.LittleEndian.Uint32(s[sumAt:]) != crc32.Checksum(s[:sumAt], castagnoli) {
 		return errors.New("is torn: its checksum is wrong")
