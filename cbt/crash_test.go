@@ -124,7 +124,7 @@ func (c *crashed) kill(what string, before, after state) {
 	var numbers []uint64
 	for _, f := range frozen {
 		numbers = append(numbers, f.number)
-		c.between(what, &f.View, before.frozen[f.number], after.frozen[f.number])
+		between(c.t, what, &f.View, before.frozen[f.number], after.frozen[f.number])
 	}
 	if !slices.Equal(numbers, slices.Sorted(maps.Keys(before.frozen))) &&
 		!slices.Equal(numbers, slices.Sorted(maps.Keys(after.frozen))) {
@@ -138,15 +138,15 @@ func (c *crashed) kill(what string, before, after state) {
 	if v.number+1 != now.number || v.Generation() != now.generation {
 		now = nil
 	}
-	c.between(what, v, old, now)
+	between(c.t, what, v, old, now)
 	v.Release()
 	checkCounts(c.t, m)
 }
 
 // between fails unless v says at least what low does and at most what high
 // does. One of them may be missing, where the map is only in the other's state.
-func (c *crashed) between(what string, v *View, low, high *model) {
-	c.t.Helper()
+func between(t *testing.T, what string, v *View, low, high *model) {
+	t.Helper()
 	if low == nil {
 		low = high
 	}
@@ -154,7 +154,7 @@ func (c *crashed) between(what string, v *View, low, high *model) {
 		high = low
 	}
 	if low == nil || v.Base() != low.base || v.Size() != low.size && v.Size() != high.size || v.Lost() {
-		c.t.Fatalf("%s: map with number %d, base %d, size %d, lost %t, is in no state it was ever in",
+		t.Fatalf("%s: map with number %d, base %d, size %d, lost %t, is in no state it was ever in",
 			what, v.Number(), v.Base(), v.Size(), v.Lost())
 	}
 	bytes := make([]byte, v.Blocks())
@@ -162,7 +162,7 @@ func (c *crashed) between(what string, v *View, low, high *model) {
 	for b, got := range bytes {
 		least, most := max(low.numbers[b], v.Base()), max(high.numbers[b], v.Base())
 		if number := v.Base() + uint64(got); number < least || number > most {
-			c.t.Fatalf("%s: map with number %d: block %d has number %d, want %d to %d", what, v.Number(), b, number, least, most)
+			t.Fatalf("%s: map with number %d: block %d has number %d, want %d to %d", what, v.Number(), b, number, least, most)
 		}
 	}
 }

@@ -12,13 +12,13 @@
 //	generation      a UUID: history is continuous only inside one generation
 //	map             the live map of a device; marks go there
 //	frozen map      the map as it was when a snapshot was taken
-//	view            the live map as it was when somebody asked for it
+//	view            the live map for a reader, up to the next snapshot
 //	memory          where all of a map's bytes live (see Memory)
 //	node            a fixed piece of memory: a leaf (map bytes), an index
 //	                (links to 512 nodes) or a table (records of roots)
 //	link            the number of a node, its level and its epoch, in one word
-//	tree            a root and what hangs below it: the live map, a frozen map
-//	                or a view
+//	tree            a root and what hangs below it: the live map in one
+//	                interval, or a frozen map
 //	epoch           whose a node is: a tree writes only into nodes of its own
 //	                epoch and copies all others first
 //
@@ -44,11 +44,11 @@
 // nodes.mu, once for each leaf in each epoch. The order is: fill the copy,
 // publish the link to it, set the byte.
 //
-// Taking a view gives the live map a new epoch while markers run. A marker may
-// then have set a byte in a leaf that is shared by now. So it looks afterwards
-// whether the tree that it marked is still the live one, and marks again
-// otherwise. If it still is, the byte was set before the new epoch began, and
-// every copy that is made in the new epoch holds it.
+// MarkAt may run while a Freeze begins a new epoch, and then have set a byte in
+// a leaf that is shared by now. So it looks afterwards whether the tree that it
+// marked is still the live one, and marks again otherwise. If it still is, the
+// byte was set before the new epoch began, and every copy that is made in the
+// new epoch holds it.
 //
 // # Using nodes again
 //

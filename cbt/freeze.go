@@ -50,13 +50,13 @@ func (m *Map) Freeze() (*Frozen, error) {
 		return nil, errUnprepared
 	}
 	was := m.live.Load()
-	root := link(was.root.Load())
-	if root != 0 {
-		m.counts[root.node()]++
-	}
-	now := history{number: was.number + 1, base: m.nextBase(was.history), generation: was.generation}
-	m.startLocked(was.size, now, root, was.lost.Load())
-	return m.frozenLocked(was.size, was.history, was.record, root, was.lost.Load()), nil
+	next, frozen := m.copyLocked(was), m.copyLocked(was)
+	next.number, next.base = was.number+1, m.nextBase(was.history)
+	next.epoch, frozen.epoch = m.epoch+1, m.epoch+2
+	m.epoch += 2
+	m.recordLocked(next)
+	m.switchLocked(next)
+	return &Frozen{View{m: m, t: frozen, number: frozen.number}}, nil
 }
 
 // nextBase is the base of the interval after h. It moves only as far as it
@@ -90,8 +90,9 @@ func (m *Map) restart(generation uuid.UUID) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	was := m.live.Load()
-	m.startLocked(was.size, history{number: was.number + 1, base: was.number, generation: generation}, 0, false)
-	m.retireLocked(was)
+	h := history{number: was.number + 1, base: was.number, generation: generation}
+	m.startLocked(was.size, h)
+	m.forgetLocked(was)
 }
 
 // Resize sets the device's size in bytes, a multiple of 512. What a growing
@@ -111,61 +112,71 @@ func (m *Map) Resize(size int64) error {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	t := m.live.Load()
-	m.store(t.record+recordBytes, uint64(size))
-	m.goOnLocked(t, size, t.epoch)
+	was := m.live.Load()
+	m.store(was.record+recordBytes, uint64(size))
+	next := m.copyLocked(was)
+	next.size = size
+	m.switchLocked(next)
 	return nil
 }
 
-// startLocked makes a record of a new live tree and commits it.
-func (m *Map) startLocked(size int64, h history, root link, lost bool) {
-	record := m.records[len(m.records)-1]
-	m.records = m.records[:len(m.records)-1]
-	h.encode(m.bytes[record:][:recordSize])
-	m.store(record+recordRoot, uint64(root))
-	m.store(record+recordBytes, uint64(size))
-	m.store(record+recordState, stateOf(lost))
-	m.store(headerLive, commitWord(record, m.bytes[record:]))
-
+// startLocked begins the first interval of a generation.
+func (m *Map) startLocked(size int64, h history) {
 	m.epoch++
-	t := &tree{nodes: m.nodes, history: h, shift: m.shift, size: size, epoch: m.epoch, record: record, live: true}
-	t.root.Store(uint64(root))
-	t.lost.Store(lost)
-	if was := m.live.Swap(t); was != nil {
-		was.over = true
+	t := &tree{nodes: m.nodes, history: h, shift: m.shift, size: size, epoch: m.epoch, users: 1}
+	m.recordLocked(t)
+	m.switchLocked(t)
+}
+
+// copyLocked returns a tree like t, with a use and a count of the root of its
+// own.
+func (m *Map) copyLocked(t *tree) *tree {
+	c := &tree{nodes: t.nodes, history: t.history, shift: t.shift, size: t.size, epoch: t.epoch, record: t.record, users: 1}
+	c.lost.Store(t.lost.Load())
+	if root := link(t.root.Load()); root != 0 {
+		m.counts[root.node()]++
+		c.root.Store(uint64(root))
 	}
-	// No marker runs, so none holds a link to what was replaced; readers may.
+	return c
+}
+
+// recordLocked gives t a record of its own, and commits it as the live map's.
+func (m *Map) recordLocked(t *tree) {
+	t.record = m.records[len(m.records)-1]
+	m.records = m.records[:len(m.records)-1]
+	p := m.bytes[t.record:][:recordSize]
+	t.history.encode(p)
+	m.store(t.record+recordRoot, t.root.Load())
+	m.store(t.record+recordBytes, uint64(t.size))
+	m.store(t.record+recordState, stateOf(t.lost.Load()))
+	m.store(headerLive, commitWord(t.record, p))
+
+	// No Mark runs, so none holds a link to what was replaced; readers may.
 	m.dropLocked(m.replaced)
 	m.replaced, m.made = nil, 0
 }
 
-// goOnLocked replaces the live tree t by one of another size or epoch. Markers
-// that are under way in t notice, and mark again in the new one.
-func (m *Map) goOnLocked(t *tree, size int64, epoch uint64) {
-	next := &tree{nodes: t.nodes, history: t.history, shift: t.shift, size: size, epoch: epoch, record: t.record, live: true}
-	next.root.Store(t.root.Load())
-	next.lost.Store(t.lost.Load())
-	m.live.Store(next)
-	t.over = true
+// switchLocked makes t the live map's tree.
+func (m *Map) switchLocked(t *tree) {
+	t.live = true
+	if was := m.live.Swap(t); was != nil {
+		was.over = true
+		m.unuseLocked(was)
+	}
 }
 
-// frozenLocked is the frozen map of a record that is not, or no longer, the
-// live map's.
-func (m *Map) frozenLocked(size int64, h history, record int64, root link, lost bool) *Frozen {
-	m.epoch++
-	t := &tree{nodes: m.nodes, history: h, shift: m.shift, size: size, epoch: m.epoch, record: record}
-	t.root.Store(uint64(root))
-	t.lost.Store(lost)
-	return &Frozen{View{m: m, t: t, number: h.number}}
+// forgetLocked frees the record of t: Open does not find it any more.
+func (m *Map) forgetLocked(t *tree) {
+	t.over = true
+	m.store(t.record+recordState, stateFree)
+	m.records = append(m.records, t.record)
 }
 
-// retireLocked ends the use of the tree t. Its record is free at once; its
-// nodes are when no reader can be among them any more.
-func (m *Map) retireLocked(t *tree) {
-	t.over = true
-	if t.record != 0 {
-		m.store(t.record+recordState, stateFree)
-		m.records = append(m.records, t.record)
+// unuseLocked ends a use of t. After the last its nodes are free, but for those
+// that others use, too, when no reader can be among them any more.
+func (m *Map) unuseLocked(t *tree) {
+	if t.users--; t.users > 0 {
+		return
 	}
 	if root := link(t.root.Load()); root != 0 {
 		m.dropLocked([]node{root.node()})

@@ -138,8 +138,8 @@ func closeMap(t *testing.T, m *Map) {
 }
 
 // checkCounts fails unless each node is counted as often as it is used, and
-// free exactly if it is not. No view may be in use.
-func checkCounts(t *testing.T, m *Map) {
+// free exactly if it is not. views are those in use.
+func checkCounts(t *testing.T, m *Map, views ...*View) {
 	t.Helper()
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -153,6 +153,13 @@ func checkCounts(t *testing.T, m *Map) {
 				expect(m, want, root.node())
 			}
 		}
+	}
+	trees := map[*tree]bool{m.live.Load(): true} // counted with its record
+	for _, v := range views {
+		if root := link(v.t.root.Load()); root != 0 && !trees[v.t] {
+			expect(m, want, root.node())
+		}
+		trees[v.t] = true
 	}
 	lists := slices.Concat(m.dead, m.period.Load().dropped, [][]node{m.replaced})
 	for _, no := range slices.Concat(lists...) {

@@ -2,6 +2,7 @@ package cbt
 
 import (
 	"bufio"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -10,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"sync"
 	"testing"
 
@@ -77,7 +79,10 @@ const (
 // diary is where the killed process notes what it has done: a file that is
 // mapped, too. Each of its pages belongs to one writer, or to the one who takes
 // snapshots: a word that counts the notes, and the notes, three words each.
-type diary struct{ words }
+type diary struct {
+	*file
+	words
+}
 
 const (
 	pageBytes   = 1 << 20
@@ -151,8 +156,8 @@ func TestKill(t *testing.T) {
 // killOnce runs a process until it has noted some more.
 func killOnce(t *testing.T, rng *rand.Rand, dir string) {
 	t.Helper()
-	cmd := exec.Command(os.Args[0], "-test.run=^TestKilled$", fmt.Sprintf("-seed=%d", rng.Uint64()))
-	cmd.Env = append(os.Environ(), "CBT_TEST_KILLED="+dir)
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append(os.Environ(), "CBT_TEST_KILLED="+dir, fmt.Sprintf("CBT_TEST_SEED=%d", rng.Uint64()))
 	cmd.Stderr = os.Stderr
 	out, err := cmd.StdoutPipe()
 	if err != nil {
@@ -184,7 +189,15 @@ func killOnce(t *testing.T, rng *rand.Rand, dir string) {
 // checkKilled compares what a killed process left behind with its notes.
 func checkKilled(t *testing.T, dir string) {
 	t.Helper()
-	mem, d := openKilled(t, dir)
+	mem, d, err := openKilled(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := errors.Join(mem.Close(), d.Close()); err != nil {
+			t.Error(err)
+		}
+	})
 	m, frozen := openTestMap(t, mem)
 	if m.Lost() {
 		t.Fatal("the map is lost")
@@ -252,43 +265,44 @@ func wantNoted(t *testing.T, v *View, notes [][3]uint64, number uint64) {
 }
 
 // openKilled maps what processes that are killed share.
-func openKilled(t *testing.T, dir string) (Memory, *diary) {
-	t.Helper()
-	var files [2]*file
-	for i, name := range []string{"map", "diary"} {
-		f, err := openFile(filepath.Join(dir, name), 64<<20)
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() {
-			if err := f.Close(); err != nil {
-				t.Error(err)
-			}
-		})
-		files[i] = f
+func openKilled(dir string) (*file, *diary, error) {
+	mem, err := openFile(filepath.Join(dir, "map"), 64<<20)
+	if err != nil {
+		return nil, nil, err
 	}
-	if files[1].n == 0 {
-		if err := files[1].Grow(diaryBytes); err != nil {
-			t.Fatal(err)
-		}
+	d, err := openFile(filepath.Join(dir, "diary"), diaryBytes)
+	if err != nil {
+		return nil, nil, err
 	}
-	return files[0], &diary{newWords(files[1].bytes)}
+	if d.n == 0 {
+		err = d.Grow(diaryBytes)
+	}
+	return mem, &diary{file: d, words: newWords(d.bytes)}, err
 }
 
-// TestKilled is the process that TestKill kills.
-func TestKilled(t *testing.T) {
-	dir := os.Getenv("CBT_TEST_KILLED")
-	if dir == "" {
-		t.Skip("is run by TestKill")
+// TestMain is main of the process that TestKill kills, where it is that.
+func TestMain(m *testing.M) {
+	if dir := os.Getenv("CBT_TEST_KILLED"); dir != "" {
+		seed, _ := strconv.ParseUint(os.Getenv("CBT_TEST_SEED"), 10, 64)
+		fmt.Fprintln(os.Stderr, runKilled(dir, rand.New(rand.NewPCG(seed, 0))))
+		os.Exit(1)
 	}
-	rng := random(t)
-	mem, d := openKilled(t, dir)
+	os.Exit(m.Run())
+}
+
+// runKilled marks, takes snapshots and releases them until it is killed. It
+// prints each snapshot's number.
+func runKilled(dir string, rng *rand.Rand) error {
+	mem, d, err := openKilled(dir)
+	if err != nil {
+		return err
+	}
 	m, frozen, err := Open(mem)
 	if mem.Len() == 0 {
 		m, err = New(mem, killSize, block, uuid.New(), 0)
 	}
 	if err != nil {
-		t.Fatal(err)
+		return err
 	}
 	m.limit = 30
 	var gate sync.RWMutex
@@ -312,13 +326,13 @@ func TestKilled(t *testing.T) {
 	}
 	for range busy {
 		if err := m.Prepare(); err != nil {
-			t.Fatal(err)
+			return err
 		}
 		gate.Lock()
 		f, err := m.Freeze()
 		gate.Unlock()
 		if err != nil {
-			t.Fatal(err)
+			return err
 		}
 		d.add(snapshots, wasTaken, f.number, 0)
 		for frozen = append(frozen, f); len(frozen) > killKept; {
@@ -329,4 +343,5 @@ func TestKilled(t *testing.T) {
 		}
 		fmt.Println(f.number)
 	}
+	return nil
 }

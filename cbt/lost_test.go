@@ -41,6 +41,9 @@ func TestLost(t *testing.T) {
 		m.Mark(off, 1)
 	}
 	m.Mark(off, 1) // goes on without a word
+	if err := m.Resize(1<<40 - 512); err != nil || !m.Lost() {
+		t.Errorf("after Resize: lost %t, error %v", m.Lost(), err)
+	}
 	v := m.View()
 	wantLost(t, "view", v)
 	v.Release()
@@ -207,23 +210,65 @@ func TestMarkDoesNotWaitForGrowth(t *testing.T) {
 	}
 }
 
-// TestEpochsEnd uses up all epochs: the next snapshot fails, and a view knows
-// nothing, but does not lie.
+// TestCloseWaits closes a map while its memory grows: Close returns when that
+// has ended, and the owner of the memory may unmap it.
+func TestCloseWaits(t *testing.T) {
+	mem := newHeap(1 << 20)
+	m := newTestMap(t, mem, 1<<40)
+	entered, release, closed := make(chan struct{}), make(chan struct{}), make(chan struct{})
+	mem.growing = func() error {
+		close(entered)
+		<-release
+		return nil
+	}
+	for off := int64(0); m.availableLocked() >= minBatch/2; off += leafSpan {
+		m.Mark(off, 1)
+	}
+	<-entered
+	go func() {
+		m.Close()
+		close(closed)
+	}()
+	select {
+	case <-closed:
+		t.Error("Close returned while memory grew")
+	case <-time.After(50 * time.Millisecond):
+	}
+	close(release)
+	<-closed
+}
+
+// TestLastNodes marks until there is no room for a batch of nodes, and goes on
+// until there is none for a single one.
+func TestLastNodes(t *testing.T) {
+	m := newTestMap(t, newHeap(40*nodeSize), 1<<40)
+	leaves := 0
+	for ; !m.Lost(); leaves++ {
+		m.Mark(int64(leaves)*leafSpan, 1)
+	}
+	// All but header, table and two levels of indexes; a mark that lacks one
+	// node asks for a few.
+	if leaves < 40-4-minBatch/2 {
+		t.Errorf("lost after %d leaves in memory for 40 nodes", leaves)
+	}
+}
+
+// TestEpochsEnd uses up all epochs: no snapshot can be taken any more, and the
+// map is what it was.
 func TestEpochsEnd(t *testing.T) {
 	m := newTestMap(t, newHeap(1<<20), 1<<30)
 	m.mu.Lock()
 	m.epoch = maxEpoch - 1
 	m.mu.Unlock()
-	f := freeze(t, m) // two at once
+	f := freeze(t, m)
 	m.Mark(0, 1)
+	f.Mark(block, 1, 1)
 	if err := m.Prepare(); err == nil {
 		t.Error("Prepare without an epoch: no error")
 	}
+	_, frozen := openTestMap(t, copyHeap(m.mem.(*heap)))
+	wantChanged(t, &frozen[0].View, 0, [2]int64{block, block})
 	v := m.View()
-	wantLost(t, "view without an epoch", v)
-	v.Release()
-	wantChanged(t, &f.View, 0)
-	if _, _, err := Open(m.mem); err != nil {
-		t.Error(err)
-	}
+	defer v.Release()
+	wantChanged(t, v, 1, [2]int64{0, block})
 }

@@ -73,7 +73,7 @@ func (m *Map) begin(size int64, h history) error {
 	defer m.mu.Unlock()
 	m.unused = 1
 	m.addTableLocked()
-	m.startLocked(size, h, 0, false)
+	m.startLocked(size, h)
 	// Last, so that a map that is there at all is complete.
 	m.store(0, encodeHeader(m.header(0), m.shift))
 	return nil
@@ -114,7 +114,7 @@ func checkSize(size int64) error {
 // when Mark returns.
 func (m *Map) Mark(off, n int64) {
 	t := m.live.Load()
-	if m.seen(t, off, n) {
+	if t.seen(off, n) {
 		return
 	}
 	from, to := t.span(off, n)
@@ -133,21 +133,14 @@ func (m *Map) MarkAt(off, n int64, number uint64) {
 	m.mark(from, to, number)
 }
 
-// seen says that a mark is there already, looked for in t, which was the live
-// map's tree when the caller came.
-func (m *Map) seen(t *tree, off, n int64) bool {
-	// Afterwards, for the same reason as in mark.
-	return t.seen(off, n) && m.live.Load() == t
-}
-
 // mark marks the tracking blocks [from, to) with at least number.
 func (m *Map) mark(from, to int64, number uint64) {
 	for {
 		t := m.live.Load()
 		t.mark(from, to, number)
 
-		// A view may have begun a new epoch meanwhile. Then the mark may have
-		// gone into a leaf that was copied for the new epoch before.
+		// Where a Freeze came in between, the mark may have gone into a leaf
+		// that was copied for the new live map before.
 		if m.live.Load() == t {
 			return
 		}

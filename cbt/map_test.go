@@ -139,6 +139,24 @@ func TestMarkAt(t *testing.T) {
 	}
 }
 
+// TestMarkedIsNotCopied marks what is marked already in leaves that others use,
+// too: that takes no memory.
+func TestMarkedIsNotCopied(t *testing.T) {
+	m := newTestMap(t, newHeap(1<<20), leafSpan)
+	m.Mark(0, 20*block)
+	f := freeze(t, m)
+	m.View().Release()
+	m.MarkAt(2*block, 9*block, 1)
+	f.Mark(2*block, 9*block, 1)
+	if m.made != 0 {
+		t.Errorf("%d nodes were copied for nothing", m.made)
+	}
+	m.MarkAt(2*block, 19*block, 1) // one block more than was marked
+	if m.made != 1 {
+		t.Errorf("%d nodes were copied, want 1", m.made)
+	}
+}
+
 // TestEmptyMapIsSmall makes a map of the largest device with the smallest
 // tracking blocks.
 func TestEmptyMapIsSmall(t *testing.T) {

@@ -106,7 +106,7 @@ func wantModel(t *testing.T, rng *rand.Rand, what string, v *View, m *model) {
 	if k := v.ReadMap(got[:n], int64(off)); k != n || !bytes.Equal(got[:n], want[off:off+n]) {
 		t.Fatalf("%s: wrong map bytes in the %d from %d on", what, n, off)
 	}
-	for num := m.base; num <= v.Number(); num += 1 + (v.Number()-m.base)/16 {
+	for num := m.base; num <= v.Number(); num += 1 + (v.Number()-m.base)/4 {
 		if got, want := changed(t, v, num), m.since(0, m.size, num); !slices.Equal(got, want) {
 			t.Fatalf("%s: since %d\n got %v\nwant %v", what, num, got, want)
 		}
@@ -134,6 +134,15 @@ type life struct {
 	frozen  []*Frozen
 	models  []*model // of the frozen maps
 	deepest int      // most frozen maps at once
+
+	views []seen
+}
+
+// seen is a view, what the live map was when it was taken, and what it was at
+// the end of that interval, if that has come.
+type seen struct {
+	v         *View
+	low, high *model
 }
 
 func newLife(t *testing.T, rng *rand.Rand) *life {
@@ -173,6 +182,7 @@ func (l *life) step() {
 	case k < 75 && len(l.frozen) > 0:
 		l.writeImage(l.rng.IntN(len(l.frozen)), off, n)
 	case k < 85:
+		l.endInterval()
 		l.frozen = append(l.frozen, freeze(l.t, l.m))
 		l.models = append(l.models, l.live.clone())
 		l.live.freeze(l.limit)
@@ -189,16 +199,22 @@ func (l *life) step() {
 		}
 		l.live.resize(size)
 	case k == 94 && l.rng.IntN(10) == 0:
+		l.endInterval()
 		l.live.reset(uuid.New())
 		l.m.Reset(l.live.generation)
 	case k == 95:
-		v := l.m.View()
-		wantModel(l.t, l.rng, "view", v, l.live)
-		v.Release()
-	case k == 96 && l.rng.IntN(10) == 0:
+		l.views = append(l.views, seen{v: l.m.View(), low: l.live.clone()})
+		if len(l.views) > 3 {
+			l.closeView()
+		}
+	case k == 96:
 		l.reopen()
 	case k == 97:
-		checkCounts(l.t, l.m)
+		var views []*View
+		for _, s := range l.views {
+			views = append(views, s.v)
+		}
+		checkCounts(l.t, l.m, views...)
 	}
 }
 
@@ -215,8 +231,31 @@ func (l *life) writeImage(i int, off, n int64) {
 	l.live.mark(from, to, number)
 }
 
+// endInterval notes what views may have seen.
+func (l *life) endInterval() {
+	for i := range l.views {
+		if s := &l.views[i]; s.high == nil {
+			s.high = l.live.clone()
+		}
+	}
+}
+
+// closeView checks the oldest view and releases it.
+func (l *life) closeView() {
+	s := l.views[0]
+	l.views = l.views[1:]
+	if s.high == nil {
+		s.high = l.live
+	}
+	between(l.t, "view", s.v, s.low, s.high)
+	s.v.Release()
+}
+
 // reopen lets another process go on, and checks what it finds.
 func (l *life) reopen() {
+	for len(l.views) > 0 {
+		l.closeView()
+	}
 	l.m.Close()
 	m, frozen, err := Open(l.mem)
 	if err != nil {
@@ -251,13 +290,13 @@ func (l *life) check() {
 // new processes.
 func TestModel(t *testing.T) {
 	rng := random(t)
-	for round := range 6 {
+	for round := range 4 {
 		t.Run(fmt.Sprint(round), func(t *testing.T) {
 			l := newLife(t, rng)
-			for range 2000 {
+			for range 1500 {
 				l.step()
 			}
-			l.check()
+			l.reopen()
 			closeMap(t, l.m)
 			t.Logf("number %d, base %d, at most %d frozen maps at once, %d nodes",
 				l.m.Number(), l.m.Base(), l.deepest, len(l.m.counts))

@@ -132,7 +132,7 @@ func (w *walk) tree(r int64) (*tree, error) {
 	if !ok {
 		return nil, fmt.Errorf("%w: checksum of the record at %d", ErrDamaged, r)
 	}
-	t := &tree{nodes: w.nodes, history: h, shift: w.shift, size: int64(w.load(r + recordBytes)), record: r}
+	t := &tree{nodes: w.nodes, history: h, shift: w.shift, size: int64(w.load(r + recordBytes)), record: r, users: 1}
 	if err := checkSize(t.size); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrDamaged, err)
 	}

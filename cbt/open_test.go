@@ -181,7 +181,7 @@ func TestOpenDamaged(t *testing.T) {
 	rng := random(t)
 	_, mem := goldenMap(t)
 	opened := 0
-	const rounds = 2000
+	const rounds = 1000
 	for range rounds {
 		c := copyHeap(mem)
 		for range rng.IntN(3) + 1 {

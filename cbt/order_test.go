@@ -14,53 +14,6 @@ const (
 	leafSpan = block << leafBits // bytes of the device below one leaf
 )
 
-// TestMarkDuringView holds a mark between its first word and its second. A
-// view begins a new epoch then, and another mark copies the leaf: the second
-// word's mark goes into the old leaf, and must be made again in the new one.
-func TestMarkDuringView(t *testing.T) {
-	for _, tc := range []struct {
-		name string
-		mark func(m *Map)
-	}{
-		{"Mark", func(m *Map) { m.Mark(0, 16*block) }},
-		{"MarkAt", func(m *Map) { m.MarkAt(0, 16*block, 1) }},
-	} {
-		t.Run(tc.name, func(t *testing.T) {
-			m := newTestMap(t, newHeap(1<<20), leafSpan)
-			m.Mark(20*block, 1) // the leaf is the live map's own from here on
-			m.stepped = func() {
-				m.stepped = nil
-				v := m.View()
-				m.Mark(30*block, 1)
-				v.Release()
-			}
-			tc.mark(m)
-			v := m.View()
-			defer v.Release()
-			wantChanged(t, v, 0, [2]int64{0, 16 * block}, [2]int64{20 * block, block}, [2]int64{30 * block, block})
-		})
-	}
-}
-
-// TestSeenInOldLeaf is the same for a mark that finds its byte set: one that
-// has not noticed the view set it, in a leaf that was copied before.
-func TestSeenInOldLeaf(t *testing.T) {
-	m := newTestMap(t, newHeap(1<<20), leafSpan)
-	m.Mark(20*block, 1)
-	old := m.live.Load()
-	v := m.View()
-	m.Mark(30*block, 1)
-	old.mark(0, 1, 1)
-
-	if !old.seen(0, 1) {
-		t.Error("the block is not marked in the old leaf")
-	}
-	if m.seen(old, 0, 1) {
-		t.Error("the block counts as marked in the live map")
-	}
-	v.Release()
-}
-
 // TestMarkAtDuringFreeze holds a mark that no gate keeps away from snapshots.
 // One is taken and released, and all that is free is used for something else:
 // the mark must neither be missing nor be somewhere else.
@@ -263,7 +216,8 @@ func TestUnreachableView(t *testing.T) {
 	for range 10 {
 		m.View()
 	}
-	m.Mark(block, 1) // copies the root
+	freeze(t, m).Release()
+	m.Mark(0, 1) // copies the root
 	freeze(t, m).Release()
 	for end := time.Now().Add(20 * time.Second); time.Now().Before(end); runtime.Gosched() {
 		runtime.GC()

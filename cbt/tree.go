@@ -7,14 +7,14 @@ import "sync/atomic"
 
 // tree is a root and what is said about it.
 type tree struct {
-	// These never change.
+	// These do not change once others know the tree.
 	*nodes
 	history
 	shift  int    // tracking block size in bytes as a power of two
 	size   int64  // of the device, in bytes
 	epoch  uint64 // nodes of this epoch are this tree's alone
-	record int64  // offset of its record; 0: it has none, being a view's
-	live   bool   // the caller keeps its marks apart from Freeze and Reset
+	record int64  // offset of its record
+	live   bool   // it is or was the live map's, and is not a frozen map's
 
 	// root is what the record's root is, for those who find the tree here. It
 	// changes under nodes.mu.
@@ -23,9 +23,15 @@ type tree struct {
 	// lost is set before a mark that could not be set returns.
 	lost atomic.Bool
 
+	// The fields below are protected by nodes.mu.
+
 	// over is set once nothing may be marked here any more: the live map goes
-	// on in another tree, or nobody needs this one. Protected by nodes.mu.
+	// on in another tree, or the frozen map was released.
 	over bool
+
+	// users are the map or the frozen map that this is, and views. The tree has
+	// a count of its root while there are any.
+	users int
 }
 
 // blocks is how many tracking blocks the device has.

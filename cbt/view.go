@@ -10,13 +10,16 @@ import (
 	"github.com/google/uuid"
 )
 
-// View is the live map as it was when View was called. Its methods may be
-// called from many goroutines at once, and never wait for a marker.
+// View is the live map as of when View was called, or later: marks that are
+// made up to the next Freeze may get into it, and nothing that comes after. Its
+// methods may be called from many goroutines at once, and never wait for a
+// marker.
 type View struct {
 	m        *Map
 	t        *tree
 	number   uint64 // the last snapshot's
 	released atomic.Bool
+	cleanup  runtime.Cleanup
 }
 
 // Frozen is the map as it was when a snapshot was taken, with what was written
@@ -24,31 +27,16 @@ type View struct {
 type Frozen struct{ View }
 
 // View returns the live map as of now: all marks that have returned are in it.
-// A mark that runs meanwhile may be in it or not, or get into it later. It
-// takes the same short time whatever the size of the device, but the next
-// mark of each leaf makes a copy, as after a Freeze. Where there is no epoch
-// left for that the view is Lost.
-//
-// A view holds on to memory until it is released, or unreachable.
+// It takes the same short time whatever the size of the device, and costs
+// markers nothing. What the map becomes in the next interval shares memory with
+// it until it is released, or unreachable.
 func (m *Map) View() *View {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	was := m.live.Load()
-	t := &tree{nodes: m.nodes, history: was.history, shift: m.shift, size: was.size}
-	if root := was.root.Load(); root != 0 {
-		m.counts[link(root).node()]++
-		t.root.Store(root)
-	}
-	t.lost.Store(was.lost.Load() || m.epoch >= maxEpoch)
-	// A live map that owns nothing, not even its root, shares everything
-	// already. Without a new epoch what is shared would go on changing.
-	if link(t.root.Load()).epoch() == was.epoch && !t.lost.Load() {
-		m.epoch++
-		m.goOnLocked(was, was.size, m.epoch)
-	}
-
-	v := &View{m: m, t: t, number: was.number - 1}
-	runtime.AddCleanup(v, m.forget, t)
+	t := m.live.Load()
+	t.users++
+	v := &View{m: m, t: t, number: t.number - 1}
+	v.cleanup = runtime.AddCleanup(v, m.end, t)
 	return v
 }
 
@@ -134,15 +122,17 @@ func (v *View) Release() {
 	if !v.released.CompareAndSwap(false, true) {
 		return
 	}
-	v.m.forget(v.t)
+	v.cleanup.Stop()
+	v.m.end(v.t)
 	v.m.reap()
 }
 
-// forget retires t unless that was done.
-func (m *Map) forget(t *tree) {
+// end ends a use of t by a view or a frozen map.
+func (m *Map) end(t *tree) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if !t.over {
-		m.retireLocked(t)
+	if !t.live {
+		m.forgetLocked(t)
 	}
+	m.unuseLocked(t)
 }
