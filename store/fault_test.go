@@ -75,6 +75,7 @@ func TestFullFileSystem(t *testing.T) {
 		allocOne(t, p, AllBlocks)
 	}
 	last := allocOne(t, p, AllBlocks)
+	f.avail.Store(0)
 	f.set(failing("write", unix.ENOSPC))
 	if err := p.WriteAt(last, make([]byte, SlotSize), 0); !errors.Is(err, syscall.ENOSPC) {
 		t.Errorf("WriteAt\n got %v\nwant %v", err, syscall.ENOSPC)
@@ -91,12 +92,32 @@ func TestFullFileSystem(t *testing.T) {
 	}
 	f.set(nil)
 	since := p.Freed()
-	p.survey(p.ledgers[0]) // the file system has room again
+	f.avail.Store(1 << 40)
+	p.survey(p.ledgers[0])
 	if p.Freed() == since {
 		t.Errorf("nobody is told that there is room again")
 	}
 	if s := allocOne(t, p, 1); s.Part() != 1 {
 		t.Errorf("slot when there is room again\n got %v\nwant one of part 1", s)
+	}
+}
+
+// TestFreedBackingIsFound: a part without backing is looked at again as soon as
+// something of it was freed, not only when its turn comes.
+func TestFreedBackingIsFound(t *testing.T) {
+	f := newFaulty(t, 64<<20)
+	p := openPool(t, f)
+	used, last := allocOne(t, p, 0x00ff), allocOne(t, p, 1)
+	f.avail.Store(0)
+	f.set(failing("write", unix.ENOSPC))
+	if err := p.WriteAt(last, make([]byte, BlockSize), 0); !errors.Is(err, syscall.ENOSPC) {
+		t.Errorf("WriteAt\n got %v\nwant %v", err, syscall.ENOSPC)
+	}
+	p.Free(used, 0x00ff)
+	f.avail.Store(8 * BlockSize)
+	p.tend(p.ledgers[0], false)
+	if _, err := p.AllocReserve(make([]Slot, 1), []uint16{0x000f}); err != nil {
+		t.Errorf("AllocReserve of what was freed: %v", err)
 	}
 }
 

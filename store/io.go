@@ -25,8 +25,8 @@ func (p *Pool) ReadAt(s Slot, b []byte, off int64) error {
 
 // WriteAt writes b at byte off of slot s, as ReadAt reads it. Where it returns
 // an error for which errors.Is(err, syscall.ENOSPC) holds, the part gave out
-// more than its file system could hold: it counts as full from then on, and
-// what is freed and allocated again is in another part.
+// more than its file system could hold: it counts as full until there is room
+// in it again, so that who frees the slot and allocates one gets it elsewhere.
 func (p *Pool) WriteAt(s Slot, b []byte, off int64) error {
 	l := p.byNo[s.Part()].Load()
 	if l == nil {
@@ -41,7 +41,7 @@ func (p *Pool) WriteAt(s Slot, b []byte, off int64) error {
 		return nil
 	}
 	if errors.Is(err, syscall.ENOSPC) {
-		p.noteNoBacking(l, int64(len(b)+BlockSize-1)/BlockSize)
+		p.noteNoBacking(l)
 	} else {
 		p.noteFailure(l, err)
 	}
@@ -72,10 +72,10 @@ func (p *Pool) noteFailure(l *ledger, err error) {
 	p.noteSpace()
 }
 
-// noteNoBacking counts a part as full that could not hold n more blocks.
-func (p *Pool) noteNoBacking(l *ledger, n int64) {
+// noteNoBacking counts a part as full for now.
+func (p *Pool) noteNoBacking(l *ledger) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	l.lower(n)
+	l.noteNoBacking()
 	p.noteSpace()
 }

@@ -53,7 +53,7 @@ func (p *Pool) tend(l *ledger, idle bool) {
 		p.mu.Unlock()
 		began := time.Now()
 		if !p.prepare(l) && !p.trimStep(l, target) {
-			return
+			break
 		}
 		p.mu.Lock()
 		busy := l.allocs != allocs
@@ -70,6 +70,16 @@ func (p *Pool) tend(l *ledger, idle bool) {
 		case <-time.After(pause):
 		}
 	}
+	if p.lacksBacking(l) {
+		p.survey(l) // what was punched may have made some
+	}
+}
+
+// lacksBacking says whether the part was found full before its limit.
+func (p *Pool) lacksBacking(l *ledger) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return l.ceiling < l.used
 }
 
 // survey asks the part how much backing it can still have, and lets those go on
@@ -90,6 +100,8 @@ func (p *Pool) survey(l *ledger) {
 	}
 	if over || l.room() > before {
 		p.noteFreed()
+	} else {
+		p.noteSpace()
 	}
 }
 

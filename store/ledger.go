@@ -29,7 +29,7 @@ type ledger struct {
 	begun, ended atomic.Int64
 
 	limit   int64 // blocks in use at most
-	ceiling int64 // as far as there is backing; may be below or above limit
+	ceiling int64 // as far as there is backing; may be above limit, or below used
 	used    int64 // blocks in use, those of quarantined slots included
 	spare   int64
 	stuck   int64  // slots in quarantine
@@ -132,11 +132,10 @@ func (l *ledger) noteHang() {
 	}
 }
 
-// lower notes that there was no backing for n blocks in use. They are not
-// counted, so that once they are freed there is no room still.
-func (l *ledger) lower(n int64) {
-	l.ceiling = max(0, min(l.ceiling, l.used)-n)
-	l.ahead = 0
+// noteNoBacking is called when there was none for blocks that were given out. The
+// part gives out no more until survey finds some.
+func (l *ledger) noteNoBacking() {
+	l.ceiling, l.ahead = 0, 0
 }
 
 // take puts the free slot i in use.

@@ -59,6 +59,19 @@ func TestLowSpace(t *testing.T) {
 	}
 }
 
+// TestOthersFillTheDisk: space that somebody else takes is low space, too.
+func TestOthersFillTheDisk(t *testing.T) {
+	f := newFaulty(t, 1<<30)
+	p := openPool(t, f)
+	said := make(chan LowSpace, 1)
+	p.OnLow(func(l LowSpace) { said <- l })
+	f.avail.Store(60 << 20)
+	p.survey(p.ledgers[0])
+	if got, want := <-said, (LowSpace{Size: 60 << 20, Free: 60 << 20}); got != want {
+		t.Errorf("said\n got %+v\nwant %+v", got, want)
+	}
+}
+
 func TestLowMark(t *testing.T) {
 	const mib = 1 << 20 / BlockSize
 	for _, tc := range []struct {
