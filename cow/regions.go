@@ -1,0 +1,429 @@
+// The record of regions: which parts of an origin may have been written since the
+// last checkpoint.
+//
+// After a loss of power nobody knows which writes reached the disk. So before the
+// first write to a region of 64 MiB, the region is recorded as active, durably;
+// a start after a loss of power counts all recorded regions as changed. To keep the
+// record small, a checkpoint (checkpoint.go) drops what was idle meanwhile:
+//
+//	begin   activity starts anew, the record stays
+//	        (writes in flight end; the origin is synced, the map written down)
+//	drop    the record becomes what was active since begin
+//
+// A region that goes on being written stays in the record and costs its writers
+// nothing but a look. What is dropped was synced, and is in the map that was
+// written down.
+//
+// The record is a file that never changes its size, so that an fsync has nothing
+// to do but to write a few sectors. Numbers are little-endian.
+//
+//	offset  size  field
+//	     0   512  header
+//	   512   512  header; the sound one with the higher sequence number counts
+//	  4096     …  first set of regions
+//	     …     …  second set
+//
+// Header
+//
+//	offset  size  field
+//	     0     8  "blksnapR"
+//	     8     4  version, 1
+//	    12     4  CRC-32C of bytes 0 to 11 and 16 to 511
+//	    16     8  sequence number
+//	    24     8  size of the device in bytes
+//	    32    16  generation of the change map
+//	    48     8  number that no snapshot exceeds
+//	    56     8  lease: until when our own writes may stamp the origin, in
+//	              nanoseconds since 1970
+//	    64     4  which set counts: 0 or 1
+//	    68     4  zero
+//
+// Set: pages of 512 bytes
+//
+//	offset  size  field
+//	     0   508  a bit for each region
+//	   508     4  CRC-32C of bytes 0 to 507; a page that does not add up counts as
+//	              all ones
+
+package cow
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/google/uuid"
+)
+
+const (
+	regionShift = 26
+
+	regionsMagic   = "blksnapR"
+	regionsVersion = 1
+	regionsHeader  = 512
+	regionsSets    = 4096
+
+	regionPage     = 512
+	regionPageBits = 508 * 8
+)
+
+// durableFile is what the record needs of its file; tests lose power in it.
+type durableFile interface {
+	ReadAt(p []byte, off int64) (int, error)
+	WriteAt(p []byte, off int64) (int, error)
+	Sync() error
+	Close() error
+}
+
+// regionsState is the content of a header.
+type regionsState struct {
+	seq        uint64
+	size       int64
+	generation uuid.UUID
+	number     uint64
+	lease      int64
+	set        uint32
+}
+
+// regions is the record of one device.
+type regions struct {
+	file durableFile
+	n    int64 // regions
+
+	// recorded are the regions that are durably recorded, active those that were
+	// written since begin. A bit for each.
+	recorded, active []atomic.Uint64
+
+	// mu serializes writing the file; held across I/O.
+	mu    sync.Mutex
+	state regionsState
+
+	// joinMu protects the batch that the next write of the file takes along.
+	joinMu sync.Mutex
+	next   *regionsBatch
+}
+
+// regionsBatch are regions that are recorded together.
+type regionsBatch struct {
+	regions []int64
+	done    chan struct{}
+	err     error
+}
+
+func regionsOf(size int64) int64 { return (size + 1<<regionShift - 1) >> regionShift }
+
+func newRegions(f durableFile, size int64) *regions {
+	n := regionsOf(size)
+	words := (n + 63) / 64
+	return &regions{file: f, n: n, recorded: make([]atomic.Uint64, words), active: make([]atomic.Uint64, words)}
+}
+
+// createRegions makes an empty record at path, durably.
+func createRegions(path string, st regionsState) (*regions, error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	r := newRegions(f, st.size)
+	r.state = st
+	err = fillFile(f, 0, regionsSets+2*r.setBytes())
+	for set := range uint32(2) {
+		err = errors.Join(err, r.writeSet(set))
+	}
+	if err = errors.Join(err, r.writeHeader()); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return r, nil
+}
+
+// openRegions opens the record at path.
+func openRegions(path string) (*regions, error) {
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return nil, err
+	}
+	r, err := readRegions(f)
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return r, nil
+}
+
+func readRegions(f durableFile) (*regions, error) {
+	var st regionsState
+	found := fmt.Errorf("%w: record of regions: no sound header", ErrDamaged)
+	for at := range int64(2) {
+		var b [regionsHeader]byte
+		if _, err := f.ReadAt(b[:], at*regionsHeader); err != nil {
+			continue
+		}
+		switch h, err := decodeRegions(b[:]); {
+		case errors.Is(err, ErrVersion):
+			found = err
+		case err == nil && (found != nil || h.seq > st.seq):
+			st, found = h, nil
+		}
+	}
+	if found != nil {
+		return nil, found
+	}
+	r := newRegions(f, st.size)
+	r.state = st
+	for p := range r.pages() {
+		var b [regionPage]byte
+		_, err := f.ReadAt(b[:], r.pageAt(st.set, p))
+		if err != nil || binary.LittleEndian.Uint32(b[508:]) != crc32.Checksum(b[:508], crcTable) {
+			for i := range b {
+				b[i] = 0xff
+			}
+		}
+		for i := p * regionPageBits; i < min((p+1)*regionPageBits, r.n); i++ {
+			if k := i - p*regionPageBits; b[k/8]>>(k%8)&1 != 0 {
+				setBit(r.recorded, i)
+			}
+		}
+	}
+	// Who wrote them last is not known: they stay until they were idle once.
+	for i := range r.active {
+		r.active[i].Store(r.recorded[i].Load())
+	}
+	return r, nil
+}
+
+func (st regionsState) encode(b []byte) {
+	clear(b)
+	copy(b, regionsMagic)
+	le := binary.LittleEndian
+	le.PutUint32(b[8:], regionsVersion)
+	le.PutUint64(b[16:], st.seq)
+	le.PutUint64(b[24:], uint64(st.size))
+	copy(b[32:48], st.generation[:])
+	le.PutUint64(b[48:], st.number)
+	le.PutUint64(b[56:], uint64(st.lease))
+	le.PutUint32(b[64:], st.set)
+	le.PutUint32(b[12:], sumWithout(b))
+}
+
+// sumWithout is the checksum of a header without the field that holds it.
+func sumWithout(b []byte) uint32 {
+	return crc32.Update(crc32.Checksum(b[:12], crcTable), crcTable, b[16:])
+}
+
+func decodeRegions(b []byte) (regionsState, error) {
+	le := binary.LittleEndian
+	switch {
+	case string(b[:8]) != regionsMagic:
+		return regionsState{}, fmt.Errorf("%w: record of regions: no magic", ErrDamaged)
+	case le.Uint32(b[8:]) != regionsVersion:
+		return regionsState{}, fmt.Errorf("%w: record of regions: version %d, this is %d", ErrVersion, le.Uint32(b[8:]), regionsVersion)
+	case le.Uint32(b[12:]) != sumWithout(b[:regionsHeader]):
+		return regionsState{}, fmt.Errorf("%w: record of regions: checksum of a header", ErrDamaged)
+	}
+	st := regionsState{
+		seq: le.Uint64(b[16:]), size: int64(le.Uint64(b[24:])), number: le.Uint64(b[48:]),
+		lease: int64(le.Uint64(b[56:])), set: le.Uint32(b[64:]),
+	}
+	copy(st.generation[:], b[32:48])
+	if st.size <= 0 || st.set > 1 {
+		return regionsState{}, fmt.Errorf("%w: record of regions: size %d, set %d", ErrDamaged, st.size, st.set)
+	}
+	return st, nil
+}
+
+func (r *regions) pages() int64    { return (r.n + regionPageBits - 1) / regionPageBits }
+func (r *regions) setBytes() int64 { return r.pages() * regionPage }
+
+func (r *regions) pageAt(set uint32, p int64) int64 {
+	return regionsSets + int64(set)*r.setBytes() + p*regionPage
+}
+
+func setBit(b []atomic.Uint64, i int64) {
+	if w := &b[i/64]; w.Load()>>(i%64)&1 == 0 {
+		w.Or(1 << (i % 64))
+	}
+}
+
+func hasBit(b []atomic.Uint64, i int64) bool { return b[i/64].Load()>>(i%64)&1 != 0 }
+
+// note says whether the regions of [off, off+n) are recorded, and counts them as
+// active. It takes no lock.
+func (r *regions) note(off, n int64) bool {
+	for i := off >> regionShift; i <= (off+n-1)>>regionShift; i++ {
+		// First active, then a look: drop does it the other way round.
+		setBit(r.active, i)
+		if !hasBit(r.recorded, i) {
+			return false
+		}
+	}
+	return true
+}
+
+// add records the regions of [off, off+n), durably, together with those of all who
+// come while the file is being written.
+func (r *regions) add(off, n int64) error {
+	r.joinMu.Lock()
+	b := r.next
+	mine := b == nil
+	if mine {
+		b = &regionsBatch{done: make(chan struct{})}
+		r.next = b
+	}
+	for i := off >> regionShift; i <= (off+n-1)>>regionShift; i++ {
+		b.regions = append(b.regions, i)
+	}
+	r.joinMu.Unlock()
+	if !mine {
+		<-b.done
+		return b.err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.joinMu.Lock()
+	r.next = nil // who comes now is not in the write any more
+	r.joinMu.Unlock()
+	b.err = r.write(b.regions)
+	close(b.done)
+	return b.err
+}
+
+// write makes regions durable. The caller holds mu.
+func (r *regions) write(list []int64) error {
+	pages := make(map[int64]bool)
+	for _, i := range list {
+		if !hasBit(r.recorded, i) {
+			pages[i/regionPageBits] = true
+		}
+	}
+	for p := range pages {
+		if err := r.writePage(r.state.set, p, list); err != nil {
+			return err
+		}
+	}
+	if len(pages) > 0 {
+		if err := r.file.Sync(); err != nil {
+			return err
+		}
+	}
+	for _, i := range list {
+		setBit(r.recorded, i)
+	}
+	return nil
+}
+
+// writePage writes a page of recorded regions and, of those of more that are not
+// recorded yet, the ones that are in it.
+func (r *regions) writePage(set uint32, p int64, more []int64) error {
+	var b [regionPage]byte
+	put := func(i int64) {
+		if k := i - p*regionPageBits; k >= 0 && k < regionPageBits {
+			b[k/8] |= 1 << (k % 8)
+		}
+	}
+	for i := p * regionPageBits; i < min((p+1)*regionPageBits, r.n); i++ {
+		if hasBit(r.recorded, i) {
+			put(i)
+		}
+	}
+	for _, i := range more {
+		put(i)
+	}
+	binary.LittleEndian.PutUint32(b[508:], crc32.Checksum(b[:508], crcTable))
+	_, err := r.file.WriteAt(b[:], r.pageAt(set, p))
+	return err
+}
+
+func (r *regions) writeSet(set uint32) error {
+	for p := range r.pages() {
+		if err := r.writePage(set, p, nil); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// writeHeader makes the state durable, over the older of the two headers.
+func (r *regions) writeHeader() error {
+	r.state.seq++
+	var b [regionsHeader]byte
+	r.state.encode(b[:])
+	if _, err := r.file.WriteAt(b[:], int64(r.state.seq%2)*regionsHeader); err != nil {
+		return err
+	}
+	return r.file.Sync()
+}
+
+// reserve sees to it, durably, that no number up to number is given out again
+// after a loss of power, and takes some more along.
+func (r *regions) reserve(number uint64) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if number <= r.state.number {
+		return nil
+	}
+	r.state.number = number + 15
+	return r.writeHeader()
+}
+
+// extend makes the lease durable until at least t.
+func (r *regions) extend(t time.Time) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.state.lease >= t.UnixNano() {
+		return nil
+	}
+	r.state.lease = t.UnixNano()
+	return r.writeHeader()
+}
+
+// begin starts activity anew.
+func (r *regions) begin() {
+	for i := range r.active {
+		r.active[i].Store(0)
+	}
+}
+
+// drop makes the record what was active since begin. turn waits until all who
+// were told by note that their regions are recorded have ended their writes.
+func (r *regions) drop(turn func() bool) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	was := make([]uint64, len(r.recorded))
+	for i := range r.recorded {
+		was[i] = r.recorded[i].Load()
+		r.recorded[i].And(r.active[i].Load())
+	}
+	if !turn() {
+		r.restore(was)
+		return ErrStopping
+	}
+	// Who looked before has marked its region as active by now.
+	for i := range r.recorded {
+		r.recorded[i].Or(r.active[i].Load() & was[i])
+	}
+	set := r.state.set ^ 1
+	err := r.writeSet(set)
+	if err == nil {
+		err = r.file.Sync()
+	}
+	if err == nil {
+		r.state.set = set
+		err = r.writeHeader()
+	}
+	if err != nil {
+		r.restore(was) // the old set still counts, or both do
+	}
+	return err
+}
+
+func (r *regions) restore(was []uint64) {
+	for i := range r.recorded {
+		r.recorded[i].Or(was[i])
+	}
+}
