@@ -47,11 +47,11 @@ type Map struct {
 //
 // The map uses mem until it is closed, and does not close it.
 func New(mem Memory, size, blockSize int64, generation uuid.UUID, number uint64) (*Map, error) {
-	return begin(mem, size, blockSize, history{number: number + 1, base: number, generation: generation})
+	return newEmpty(mem, size, blockSize, history{number: number + 1, base: number, generation: generation})
 }
 
-// begin makes an empty map with a history.
-func begin(mem Memory, size, blockSize int64, h history) (*Map, error) {
+// newEmpty makes an empty map with a history.
+func newEmpty(mem Memory, size, blockSize int64, h history) (*Map, error) {
 	shift, err := blockShift(blockSize)
 	if err != nil {
 		return nil, err
@@ -59,11 +59,11 @@ func begin(mem Memory, size, blockSize int64, h history) (*Map, error) {
 	if err := checkSize(size); err != nil {
 		return nil, err
 	}
-	if h.number > math.MaxInt64 {
+	if h.number-1 >= math.MaxInt64 {
 		return nil, fmt.Errorf("begin a changed-block map at number %d: too high", h.number-1)
 	}
 	m := newMap(mem, shift)
-	if err := m.begin(size, history{number: number + 1, base: number, generation: generation}); err != nil {
+	if err := m.begin(size, h); err != nil {
 		return nil, err
 	}
 	return m, nil

@@ -20,5 +20,5 @@ func Restore(mem Memory, size, blockSize int64, generation uuid.UUID, number, ba
 	if number+1 > base+maxByte {
 		base = number + 1 - maxByte
 	}
-	return begin(mem, size, blockSize, history{number: number + 1, base: base, generation: generation})
+	return newEmpty(mem, size, blockSize, history{number: number + 1, base: base, generation: generation})
 }

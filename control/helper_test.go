@@ -26,7 +26,7 @@ func newTestDaemon(t *testing.T, devices ...string) *Daemon {
 		t.Fatal(err)
 	}
 	pool := store.NewPool(part)
-	cat, _, err := cow.OpenCatalogue("")
+	cat, _, err := cow.OpenCatalogue("", "")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -33,7 +33,7 @@ func (s *service) open(ctx context.Context, passed []net.Listener) error {
 	}
 	// What the snapshots held goes back to the file system.
 	s.later(func() error { return within(closeLimit, "empty the snapstore", pool.Discard) })
-	cat, _, err := cow.OpenCatalogue("") // what it knows ends with the process
+	cat, _, err := cow.OpenCatalogue("", "") // what it knows ends with the process
 	if err != nil {
 		return err
 	}

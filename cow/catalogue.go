@@ -27,8 +27,10 @@ import (
 // Catalogue knows the snapshots of a run directory. Its methods may be called
 // from many goroutines at once.
 type Catalogue struct {
-	dir string // empty: nothing outlives the process
-	mem *memory
+	dir   string // empty: nothing outlives the process
+	state string // empty: nothing outlives the machine
+	boot  string
+	mem   *memory
 
 	// found are the snapshots that a predecessor left, by id. Their devices add
 	// the images when they are opened.
@@ -56,12 +58,23 @@ const maxSnapshots = 1 << 20
 
 // OpenCatalogue opens the catalogue in the run directory dir, or makes an empty one
 // where there is none, it is of another boot, or cannot be used; why tells that it
-// could not. Without a directory nothing outlives the process.
-func OpenCatalogue(dir string) (c *Catalogue, why, err error) {
+// could not. What devices keep for the next boot goes to the directory state.
+// Where a directory is empty, nothing outlives the process, or the machine.
+func OpenCatalogue(dir, state string) (c *Catalogue, why, err error) {
 	boot, err := bootID()
 	if err != nil {
 		return nil, nil, err
 	}
+	c, why, err = openSoundCatalogue(dir, boot)
+	if err != nil {
+		return nil, nil, fmt.Errorf("open catalogue of snapshots: %w", err)
+	}
+	c.state = state
+	return c, why, nil
+}
+
+// openSoundCatalogue opens a catalogue, an empty one if need be.
+func openSoundCatalogue(dir, boot string) (c *Catalogue, why, err error) {
 	c, err = openCatalogue(dir, boot)
 	if errors.Is(err, ErrDamaged) || errors.Is(err, ErrVersion) {
 		why = err
@@ -69,14 +82,11 @@ func OpenCatalogue(dir string) (c *Catalogue, why, err error) {
 			c, err = openCatalogue(dir, boot)
 		}
 	}
-	if err != nil {
-		return nil, nil, fmt.Errorf("open catalogue of snapshots: %w", err)
-	}
-	return c, why, nil
+	return c, why, err
 }
 
 func openCatalogue(dir, boot string) (*Catalogue, error) {
-	c := &Catalogue{dir: dir, found: make(map[uint64]*Snapshot)}
+	c := &Catalogue{dir: dir, boot: boot, found: make(map[uint64]*Snapshot)}
 	path := ""
 	if dir != "" {
 		path = filepath.Join(dir, "catalogue")
@@ -206,4 +216,12 @@ func (c *Catalogue) deviceDir(name string) string {
 		return ""
 	}
 	return filepath.Join(c.dir, "devices", name)
+}
+
+// stateDir is where a device keeps what outlives the machine.
+func (c *Catalogue) stateDir(name string) string {
+	if c.state == "" {
+		return ""
+	}
+	return filepath.Join(c.state, "devices", name)
 }

@@ -6,7 +6,6 @@ import (
 	"cmp"
 	"fmt"
 	"iter"
-	"path/filepath"
 	"syscall"
 	"time"
 
@@ -107,6 +106,7 @@ func (d *Device) Reset(why string) error {
 		return fmt.Errorf("reset change map of %s: writes in flight did not end within %v: %w", d.name, takeLimit, syscall.ETIMEDOUT)
 	}
 	d.newGeneration(why)
+	d.poke()
 	return nil
 }
 
@@ -122,21 +122,27 @@ func (d *Device) noteGeneration(why string) {
 	d.event(EventGeneration, "", text)
 }
 
-// newChanges makes an empty map. Its memory goes when nobody can look at it any
-// more: who asked for the Changes of a device may keep them for longer than the
-// device lives.
-func (d *Device) newChanges() (*cbt.Map, error) {
+// newChanges makes an empty map.
+func (d *Device) newChanges() error {
 	block := cmp.Or(d.cfg.TrackingBlock, cbt.DefaultBlock)
-	path := ""
-	if d.dir != "" {
-		path = filepath.Join(d.dir, "changes")
+	mem, err := d.changesAt(block)
+	if err != nil {
+		return err
 	}
-	mem, err := memoryAt(path, changesReserve(d.Size(), block))
+	d.changes, err = cbt.New(mem, d.Size(), block, uuid.New(), d.cfg.Number)
+	return err
+}
+
+// changesAt is the memory of the device's change map. It goes when nobody can look
+// at it any more: who asked for the Changes of a device may keep them for longer
+// than the device lives.
+func (d *Device) changesAt(block int64) (*memory, error) {
+	mem, err := memoryAt(d.path("changes"), changesReserve(d.Size(), block))
 	if err != nil {
 		return nil, err
 	}
 	mem.closeWhenUnused()
-	return cbt.New(mem, d.Size(), block, uuid.New(), d.cfg.Number)
+	return mem, nil
 }
 
 // changesReserve is the address space for a change map and the frozen ones that

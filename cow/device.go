@@ -9,11 +9,14 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"github.com/google/uuid"
 
 	"blksnap/cbt"
 	"blksnap/store"
@@ -112,6 +115,17 @@ type Device struct {
 
 	failure atomic.Pointer[string] // why the device is failed
 
+	// durable is what outlives the machine, nil where nothing does. lease is until
+	// when our own writes may stamp the origin (durable.go).
+	durable atomic.Pointer[durable]
+	lease   *atomic.Int64
+
+	leaseMemory *memory
+	stateDir    string                // where durable is, empty where nothing outlives the machine
+	reason      atomic.Pointer[error] // why the generation must end, as yet
+	poked       chan struct{}         // wakes keepDurable
+	ending      sync.Mutex            // held while it is noted that the generation ended
+
 	stop    chan struct{} // closed when the device closes
 	wake    chan struct{} // wakes the reclaimer
 	running sync.WaitGroup
@@ -155,6 +169,13 @@ func (c *Catalogue) Open(o *Origin, pool *store.Pool, cfg Config) (*Device, erro
 	}
 	d.running.Add(1)
 	go d.reclaim()
+	if d.stateDir != "" {
+		d.running.Add(1)
+		go d.keepDurable()
+		if d.durable.Load() == nil {
+			d.poke()
+		}
+	}
 	return d, nil
 }
 
@@ -165,51 +186,119 @@ func (c *Catalogue) open(o *Origin, pool *store.Pool, cfg Config) (*Device, erro
 	}
 	cfg.Log = cfg.Log.With("device", cfg.Name)
 	d := &Device{
-		name: cfg.Name, cat: c, dir: c.deviceDir(cfg.Name), origin: o, file: o.file, pool: pool, cfg: cfg,
+		name: cfg.Name, cat: c, dir: c.deviceDir(cfg.Name), stateDir: c.stateDir(cfg.Name), origin: o, file: o.file, pool: pool, cfg: cfg,
 		serial:  serials.Add(1),
 		writers: newGate(),
 		readers: newGate(),
 		stop:    make(chan struct{}),
 		wake:    make(chan struct{}, 1),
+		poked:   make(chan struct{}, 1),
+		lease:   new(atomic.Int64),
 	}
 	d.flusher = newFlusher(d.file.sync)
 	d.copier = newCopier(pool)
 	d.settled = sync.NewCond(&d.mu)
-	why := errBlank
 	if d.dir != "" {
 		if err := os.MkdirAll(d.dir, 0o700); err != nil {
 			return nil, err
 		}
-		why = d.recoverState(c)
 	}
-	if why == nil {
-		return d, nil
-	}
-	if err := d.begin(); err != nil {
+	lost, err := d.find()
+	if err != nil {
 		return nil, err
 	}
-	reason := "the device is new"
-	if !errors.Is(why, errBlank) {
-		reason = why.Error()
+	if lost != nil {
+		d.noteGeneration(lost.Error())
 	}
-	d.noteGeneration(reason)
 	return d, nil
 }
 
-// begin starts without any state.
-func (d *Device) begin() error {
-	d.layers, d.images, d.nextLayer = nil, nil, 0
-	if d.dir != "" {
-		if err := os.RemoveAll(d.dir); err != nil {
-			return err
+// errNew is why a device without state begins a generation.
+var errNew = errors.New("the device is new")
+
+// find opens the device's state, or begins anew. lost says why a new generation
+// has begun, nil if none has.
+func (d *Device) find() (lost, err error) {
+	mem, was, lease, why := d.openLease()
+	if mem == nil {
+		return nil, why
+	}
+	if why == nil {
+		why = d.recoverState()
+	}
+	if why == nil { // a predecessor in this boot
+		now, err := d.file.identify(false)
+		if err != nil {
+			return nil, err
 		}
-		if err := os.MkdirAll(d.dir, 0o700); err != nil {
-			return err
+		if lost = was.foreign(now, lease, true, false); lost != nil {
+			d.disown(lost)
+		} else if d.stateDir != "" {
+			if err := d.reopenDurable(); err != nil {
+				d.cfg.Log.Warn("the record of writes begins anew", "err", err)
+			}
+		}
+		return lost, d.beginLease(mem)
+	}
+	if err := d.wipe(); err != nil {
+		return nil, err
+	}
+	if err := mem.Close(); err != nil {
+		return nil, err
+	}
+	if d.stateDir != "" {
+		if err := d.recoverDurable(); err == nil {
+			lost = nil
+		} else if !errors.Is(err, errBlank) {
+			why = err
 		}
 	}
-	var err error
-	d.changes, err = d.newChanges()
-	return err
+	if d.changes == nil {
+		lost = why
+		if errors.Is(why, errBlank) {
+			lost = errNew
+		}
+		if err := d.newChanges(); err != nil {
+			return nil, err
+		}
+	}
+	if mem, _, _, why = d.openLease(); mem == nil {
+		return nil, why
+	}
+	return lost, d.beginLease(mem)
+}
+
+// disown gives the images up, because somebody else wrote to the origin, and the
+// history with them.
+func (d *Device) disown(why error) {
+	d.mu.Lock()
+	images := slices.Clone(d.images)
+	d.mu.Unlock()
+	for _, i := range images {
+		d.breakImage(i, failed(why.Error()), why)
+	}
+	d.changes.Reset(uuid.New())
+}
+
+// path is where the device keeps a file in its run directory; empty where it keeps
+// nothing.
+func (d *Device) path(name string) string {
+	if d.dir == "" {
+		return ""
+	}
+	return filepath.Join(d.dir, name)
+}
+
+// wipe forgets what is in the run directory.
+func (d *Device) wipe() error {
+	d.layers, d.images, d.nextLayer, d.changes = nil, nil, 0, nil
+	if d.dir == "" {
+		return nil
+	}
+	if err := os.RemoveAll(d.dir); err != nil {
+		return err
+	}
+	return os.MkdirAll(d.dir, 0o700)
 }
 
 // Close stops the device: new requests to it and its images are answered with
@@ -241,6 +330,7 @@ func (d *Device) Close() error {
 	}
 	err := d.closeTables()
 	d.copier.close()
+	err = errors.Join(err, d.closeDurable())
 	d.changes.Close()
 	err = errors.Join(err, d.origin.Close())
 	if err != nil {
@@ -254,6 +344,9 @@ func (d *Device) Remove() error {
 	err := d.Close()
 	if d.dir != "" {
 		err = errors.Join(err, os.RemoveAll(d.dir))
+	}
+	if d.stateDir != "" {
+		err = errors.Join(err, os.RemoveAll(d.stateDir))
 	}
 	return err
 }

@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/uuid"
+
 	"blksnap/store"
 )
 
@@ -120,6 +122,14 @@ func (k *disk) next(off, end int64) (hole bool, to int64, err error) {
 
 func (k *disk) willNeed(off, n int64) {}
 
+func (k *disk) identify(bool) (identity, error) {
+	return identity{ino: 1, size: int64(len(k.data)), changed: 1}, nil
+}
+
+func (k *disk) noteEnded(uuid.UUID) error { return syscall.ENOTSUP }
+
+func (k *disk) ended() (uuid.UUID, error) { return uuid.Nil, syscall.ENOTSUP }
+
 func (k *disk) Close() error { return nil }
 
 // part is a part of a snapstore in memory that tests can make fail and wait.
@@ -188,7 +198,7 @@ func newRig(t *testing.T, n int, size, limit int64) *rig {
 
 // newEmptyRig has no part and no device yet.
 func newEmptyRig(t *testing.T) *rig {
-	r := &rig{t: t, cat: newCatalogue(t, ""), pool: store.NewPool()}
+	r := &rig{t: t, cat: newCatalogue(t, "", ""), pool: store.NewPool()}
 	t.Cleanup(r.close)
 	return r
 }
@@ -256,9 +266,9 @@ func (r *rig) close() {
 	}
 }
 
-func newCatalogue(t *testing.T, dir string) *Catalogue {
+func newCatalogue(t *testing.T, dir, state string) *Catalogue {
 	t.Helper()
-	c, why, err := OpenCatalogue(dir)
+	c, why, err := OpenCatalogue(dir, state)
 	if err = errors.Join(why, err); err != nil {
 		t.Fatal(err)
 	}

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"syscall"
 
+	"github.com/google/uuid"
 	"golang.org/x/sys/unix"
 )
 
@@ -40,6 +41,16 @@ type originFile interface {
 	// next returns the end of the run of data or hole that begins at off, not
 	// beyond end. What cannot tell holes is all data.
 	next(off, end int64) (hole bool, to int64, err error)
+
+	// identify tells who the origin is and when it was last changed; of a block
+	// device, if fingerprint is set, also by what is on it.
+	identify(fingerprint bool) (identity, error)
+
+	// noteEnded notes durably, with the origin itself, that the generation is not
+	// to be trusted any more; ended is what was noted last. Errors where the
+	// origin has no place for that.
+	noteEnded(generation uuid.UUID) error
+	ended() (uuid.UUID, error)
 
 	// willNeed is a hint.
 	willNeed(off, n int64)
@@ -225,4 +236,32 @@ func (f *hostFile) next(off, end int64) (hole bool, to int64, err error) {
 
 func (f *hostFile) willNeed(off, n int64) {
 	unix.Fadvise(int(f.Fd()), off, n, unix.FADV_WILLNEED)
+}
+
+func (f *hostFile) identify(fingerprint bool) (identity, error) {
+	size, err := f.Seek(0, io.SeekEnd)
+	if err != nil {
+		return identity{}, err
+	}
+	return identify(f.File, size, fingerprint)
+}
+
+// endedAttr is the extended attribute of a file that names the generation that
+// has ended.
+const endedAttr = "user.blksnap.ended"
+
+func (f *hostFile) noteEnded(generation uuid.UUID) error {
+	if err := unix.Fsetxattr(int(f.Fd()), endedAttr, []byte(generation.String()), 0); err != nil {
+		return fmt.Errorf("set %s: %w", endedAttr, err)
+	}
+	return f.Sync()
+}
+
+func (f *hostFile) ended() (uuid.UUID, error) {
+	var b [36]byte
+	n, err := unix.Fgetxattr(int(f.Fd()), endedAttr, b[:])
+	if err != nil {
+		return uuid.Nil, err
+	}
+	return uuid.ParseBytes(b[:n])
 }

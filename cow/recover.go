@@ -13,7 +13,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"slices"
 
 	"blksnap/cbt"
@@ -63,12 +62,12 @@ func (c *Catalogue) Recover() []*Snapshot {
 
 // recoverState finds the device's state in its directory. An error says why it
 // cannot be used, or (errBlank) that there is none.
-func (d *Device) recoverState(c *Catalogue) error {
+func (d *Device) recoverState() error {
 	frozen, err := d.recoverChanges()
 	if err != nil {
 		return fmt.Errorf("change map: %w", err)
 	}
-	if err := d.recoverLayers(c, frozen); err != nil {
+	if err := d.recoverLayers(frozen); err != nil {
 		return err
 	}
 	for _, f := range frozen { // of snapshots that did not come about, or went
@@ -83,16 +82,13 @@ func (d *Device) recoverState(c *Catalogue) error {
 
 // recoverChanges opens the change map and returns the frozen ones by number.
 func (d *Device) recoverChanges() (map[uint64]*cbt.Frozen, error) {
-	path := filepath.Join(d.dir, "changes")
-	if _, err := os.Stat(path); err != nil {
+	if _, err := os.Stat(d.path("changes")); err != nil {
 		return nil, errBlank
 	}
-	block := cmp.Or(d.cfg.TrackingBlock, cbt.DefaultBlock)
-	mem, err := mapFile(path, changesReserve(d.Size(), block))
+	mem, err := d.changesAt(cmp.Or(d.cfg.TrackingBlock, cbt.DefaultBlock))
 	if err != nil {
 		return nil, err
 	}
-	mem.closeWhenUnused()
 	m, list, err := cbt.Open(mem)
 	switch {
 	case errors.Is(err, cbt.ErrNoMap):
@@ -120,8 +116,8 @@ func (d *Device) recoverChanges() (map[uint64]*cbt.Frozen, error) {
 }
 
 // recoverLayers opens the layers and the images that begin with them.
-func (d *Device) recoverLayers(c *Catalogue, frozen map[uint64]*cbt.Frozen) error {
-	layers, err := d.openLayers(c)
+func (d *Device) recoverLayers(frozen map[uint64]*cbt.Frozen) error {
+	layers, err := d.openLayers()
 	if err != nil {
 		return err
 	}
@@ -130,7 +126,7 @@ func (d *Device) recoverLayers(c *Catalogue, frozen map[uint64]*cbt.Frozen) erro
 			layers[n-1].newer.Store(l)
 		}
 		d.nextLayer = l.number + 1
-		if s := c.found[l.snapshot()]; s != nil {
+		if s := d.cat.found[l.snapshot()]; s != nil {
 			l.commit()
 			d.recoverImage(s, l, frozen)
 		}
@@ -142,7 +138,7 @@ func (d *Device) recoverLayers(c *Catalogue, frozen map[uint64]*cbt.Frozen) erro
 // openLayers opens the layers of which a snapshot was live, oldest first, and
 // removes what else there is. Where one is damaged, it and those before it are
 // removed with their images, whose chains it is a part of; newer ones are whole.
-func (d *Device) openLayers(c *Catalogue) ([]*layer, error) {
+func (d *Device) openLayers() ([]*layer, error) {
 	entries, err := os.ReadDir(d.dir)
 	if err != nil {
 		return nil, err
@@ -159,7 +155,7 @@ func (d *Device) openLayers(c *Catalogue) ([]*layer, error) {
 	for _, n := range numbers {
 		l, err := openLayer(d.dir, n)
 		switch {
-		case err == nil && (l.committed() || c.found[l.snapshot()] != nil):
+		case err == nil && (l.committed() || d.cat.found[l.snapshot()] != nil):
 			layers = append(layers, l)
 		case err == nil: // its snapshot did not come about
 			err = errors.Join(l.forget(), l.table.close())

@@ -30,6 +30,13 @@ const siteSize = 1<<20 + 3*SectorSize
 
 var siteDevices = []string{"a", "b"}
 
+// copied is an origin that is taken for the one that it is a copy of.
+type copied struct{ originFile }
+
+func (c copied) identify(bool) (identity, error) {
+	return identity{ino: 1, size: siteSize, changed: 1}, nil
+}
+
 // newSite makes the files of a site.
 func newSite(t *testing.T, dir string) {
 	t.Helper()
@@ -46,8 +53,23 @@ func newSite(t *testing.T, dir string) {
 // openSite starts on what is in dir.
 func openSite(t *testing.T, dir string, limit int64, step func(string)) *site {
 	t.Helper()
+	boot, err := bootID()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return openSiteIn(t, dir, boot, limit, step)
+}
+
+// openSiteIn starts in another boot.
+func openSiteIn(t *testing.T, dir, boot string, limit int64, step func(string)) *site {
+	t.Helper()
 	s := &site{dir: dir, snap: make(map[string]*Snapshot)}
-	s.cat = newCatalogue(t, filepath.Join(dir, "run"))
+	var why, err error
+	s.cat, why, err = openSoundCatalogue(filepath.Join(dir, "run"), boot)
+	if err = errors.Join(why, err); err != nil {
+		t.Fatal(err)
+	}
+	s.cat.state = filepath.Join(dir, "state")
 	s.cat.step = step
 	part, err := store.OpenFile(filepath.Join(dir, "store"), limit, false)
 	if err != nil {
@@ -59,6 +81,7 @@ func openSite(t *testing.T, dir string, limit int64, step func(string)) *site {
 		if err != nil {
 			t.Fatal(err)
 		}
+		o.file = copied{o.file}
 		d, err := s.cat.Open(o, s.pool, Config{Name: name})
 		if err != nil {
 			t.Fatal(err)
@@ -72,6 +95,15 @@ func openSite(t *testing.T, dir string, limit int64, step func(string)) *site {
 		t.Fatal(err)
 	}
 	return s
+}
+
+func (s *site) take(t *testing.T, name string) *Snapshot {
+	t.Helper()
+	n, err := s.cat.Take(name, s.devs, TakeOptions{Limit: time.Minute})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
 }
 
 func (s *site) close(t *testing.T) {
@@ -245,8 +277,11 @@ type script struct {
 	t *testing.T
 	s *site
 
-	mu    sync.Mutex
-	facts facts
+	mu          sync.Mutex
+	facts       facts
+	generations []string
+	numbers     []map[string]uint64
+	highest     uint64
 }
 
 func (c *script) set(f func(*facts)) {
@@ -276,7 +311,13 @@ func (c *script) take(name string) {
 		c.t.Fatal(err)
 	}
 	c.s.snap[name] = n
-	c.set(func(f *facts) { f.changing = "" })
+	c.set(func(f *facts) {
+		f.changing = ""
+		for i, d := range siteDevices {
+			num := image(c.t, n, d).Changes().Number()
+			c.numbers[i][name], c.highest = num, max(c.highest, num)
+		}
+	})
 }
 
 func (c *script) destroy(name string) {
@@ -285,7 +326,13 @@ func (c *script) destroy(name string) {
 		c.t.Fatal(err)
 	}
 	delete(c.s.snap, name)
-	c.set(func(f *facts) { delete(f.snaps, name); f.changing = "" })
+	c.set(func(f *facts) {
+		delete(f.snaps, name)
+		f.changing = ""
+		for i := range c.numbers {
+			delete(c.numbers[i], name)
+		}
+	})
 }
 
 // run is a life with everything in it that changes state.
@@ -309,10 +356,18 @@ func (c *script) run() {
 	c.write(8, siteSize-1000, 1000)
 }
 
-// TestKilledAtEveryStep looks, after every single change of state, at what a
-// process that is killed there leaves, and starts on it, twice: what a start
-// itself does may be cut off as well.
-func TestKilledAtEveryStep(t *testing.T) {
+// life is what is left of a site by a process that was killed at a moment.
+type life struct {
+	facts
+	dir         string
+	generations []string            // by device
+	numbers     []map[string]uint64 // of the snapshots, by device
+	highest     uint64              // number that any snapshot had
+}
+
+// livesOf runs the script once and keeps what each of its changes of state left.
+func livesOf(t *testing.T) []life {
+	t.Helper()
 	base := t.TempDir()
 	dir := filepath.Join(base, "site")
 	if err := os.Mkdir(dir, 0o700); err != nil {
@@ -323,18 +378,28 @@ func TestKilledAtEveryStep(t *testing.T) {
 		live:  [][]byte{make([]byte, siteSize), make([]byte, siteSize)},
 		snaps: make(map[string][][]byte),
 	}}
-	var left []facts
+	var left []life
 	var copying sync.Mutex
 	c.s = openSite(t, dir, 64<<20, func(what string) {
 		copying.Lock()
 		defer copying.Unlock()
 		c.mu.Lock()
-		f := c.facts.clone()
+		l := life{facts: c.facts.clone(), dir: filepath.Join(base, fmt.Sprint(len(left)))}
+		l.generations, l.numbers, l.highest = c.generations, slices.Clone(c.numbers), c.highest
+		for i := range l.numbers {
+			l.numbers[i] = maps.Clone(l.numbers[i])
+		}
 		c.mu.Unlock()
-		f.what = fmt.Sprintf("step %d: %s", len(left), what)
-		copyTree(t, dir, filepath.Join(base, fmt.Sprint(len(left))))
-		left = append(left, f)
+		l.what = fmt.Sprintf("step %d: %s", len(left), what)
+		copyTree(t, dir, l.dir)
+		left = append(left, l)
 	})
+	c.mu.Lock()
+	for _, d := range c.s.devs {
+		c.generations = append(c.generations, d.Changes().Generation())
+		c.numbers = append(c.numbers, make(map[string]uint64))
+	}
+	c.mu.Unlock()
 	c.run()
 	c.facts.verify(t, c.s)
 	c.s.close(t)
@@ -342,30 +407,84 @@ func TestKilledAtEveryStep(t *testing.T) {
 	c.facts.what = "a clean end"
 	c.facts.verify(t, again)
 	again.close(t)
+	return left
+}
 
-	second := 0
-	for k, f := range left {
-		at := filepath.Join(base, fmt.Sprint(k))
+// TestKilledAtEveryStep looks, after every single change of state, at what a
+// process that is killed there leaves, and starts on it, twice: what a start
+// itself does may be cut off as well.
+func TestKilledAtEveryStep(t *testing.T) {
+	left, second := livesOf(t), 0
+	for _, l := range left {
 		var once sync.Once
-		s := openSite(t, at, 64<<20, func(what string) {
+		s := openSite(t, l.dir, 64<<20, func(what string) {
 			once.Do(func() { // a start that is killed at its first step
-				copyTree(t, at, at+"-again")
+				copyTree(t, l.dir, l.dir+"-again")
 			})
 		})
-		f.verify(t, s)
+		l.verify(t, s)
 		s.close(t)
-		if _, err := os.Stat(at + "-again"); err == nil {
-			f.what += ", then a start"
-			s := openSite(t, at+"-again", 64<<20, nil)
-			f.verify(t, s)
+		if _, err := os.Stat(l.dir + "-again"); err == nil {
+			l.what += ", then a start"
+			s := openSite(t, l.dir+"-again", 64<<20, nil)
+			l.verify(t, s)
 			s.close(t)
 			second++
 		}
 		if t.Failed() {
 			return
 		}
-		os.RemoveAll(at)
-		os.RemoveAll(at + "-again")
 	}
 	t.Logf("killed after each of %d steps, and %d times again in the start after it", len(left), second)
+}
+
+// TestRebootAtEveryStep starts on what each step leaves as if the machine had been
+// started anew. Snapshots are gone; generation, numbers and map go on: what differs
+// from a snapshot that was, is inside what the device says has changed since.
+func TestRebootAtEveryStep(t *testing.T) {
+	left := livesOf(t)
+	kept := 0
+	for _, l := range left {
+		s := openSiteIn(t, l.dir, "00000000-0000-0000-0000-000000000000", 64<<20, nil)
+		if len(s.snap) > 0 {
+			t.Errorf("after %q and a reboot there are snapshots", l.what)
+		}
+		for i, d := range s.devs {
+			c := d.Changes()
+			if c.Generation() != l.generations[i] {
+				continue // not written down yet: the next copy is a full one
+			}
+			kept++
+			for name, num := range l.numbers[i] {
+				runs, ok := c.Since(num)
+				if !ok {
+					t.Errorf("after %q and a reboot: what changed since %s is not known", l.what, name)
+					continue
+				}
+				copied, now := slices.Clone(l.snaps[name][i]), make([]byte, siteSize)
+				if err := d.Read(now, 0); err != nil {
+					t.Fatal(err)
+				}
+				for r := range runs {
+					copy(copied[r.Off:r.Off+r.N], now[r.Off:])
+				}
+				if !bytes.Equal(copied, now) {
+					t.Errorf("after %q and a reboot: the increment of %s since %s misses byte %d", l.what, d.Name(), name, firstDiff(copied, now))
+				}
+			}
+			if n := s.take(t, "next"); image(t, n, d.Name()).Changes().Number() <= l.highest {
+				t.Errorf("after %q and a reboot: number %d is given again", l.what, image(t, n, d.Name()).Changes().Number())
+			} else if err := n.Destroy(false); err != nil {
+				t.Error(err)
+			}
+		}
+		s.close(t)
+		if t.Failed() {
+			return
+		}
+	}
+	if kept == 0 {
+		t.Error("no generation outlived a reboot")
+	}
+	t.Logf("rebooted after each of %d steps, %d maps went on", len(left), kept)
 }

@@ -389,9 +389,10 @@ func (r *regions) begin() {
 	}
 }
 
-// drop makes the record what was active since begin. turn waits until all who
+// drop makes the record, which belongs to generation from then on, what was active
+// since begin. turn waits until all who
 // were told by note that their regions are recorded have ended their writes.
-func (r *regions) drop(turn func() bool) error {
+func (r *regions) drop(generation uuid.UUID, turn func() bool) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	was := make([]uint64, len(r.recorded))
@@ -413,7 +414,7 @@ func (r *regions) drop(turn func() bool) error {
 		err = r.file.Sync()
 	}
 	if err == nil {
-		r.state.set = set
+		r.state.set, r.state.generation = set, generation
 		err = r.writeHeader()
 	}
 	if err != nil {

@@ -125,6 +125,9 @@ func (d *Device) prepare(s *Snapshot, id uint64) (*prepared, error) {
 	if err := d.changes.Prepare(); err != nil {
 		return nil, fmt.Errorf("%s: %w", d.name, err)
 	}
+	if u := d.durable.Load(); u != nil {
+		d.keepUp("reserve a number", u, func() error { return u.regions.reserve(d.changes.Number() + 1) })
+	}
 	l, err := newLayer(d.dir, layerHeader{number: d.nextLayer, size: d.Size(), snapshot: id})
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", d.name, err)

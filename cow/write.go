@@ -53,7 +53,7 @@ func (d *Device) TryWrite(p []byte, off int64) error {
 	}
 	defer d.writers.leave(g)
 	n := int64(len(p))
-	if !d.shielded(off, n) {
+	if !d.covered(off, n) || !d.shielded(off, n) {
 		return syscall.EAGAIN
 	}
 	d.changes.Mark(off, n)
@@ -137,9 +137,9 @@ func (d *Device) Trim(off, n int64, fua bool) error {
 }
 
 func (d *Device) trim(off, n int64) error {
-	g, ok := d.writers.enter(d.stop)
-	if !ok {
-		return ErrStopping
+	g, err := d.letIn(off, n)
+	if err != nil {
+		return err
 	}
 	defer d.writers.leave(g)
 	s := d.shield.Load()
@@ -196,9 +196,9 @@ func (s span) wholeMask(size int64) uint16 {
 func (d *Device) admit(off, n int64) (pass, error) {
 	var full time.Time // when the snapstore was first found full
 	for {
-		g, ok := d.writers.enter(d.stop)
-		if !ok {
-			return 0, ErrStopping
+		g, err := d.letIn(off, n)
+		if err != nil {
+			return 0, err
 		}
 		d.changes.Mark(off, n)
 		if d.shielded(off, n) {
@@ -206,7 +206,7 @@ func (d *Device) admit(off, n int64) (pass, error) {
 		}
 		mayWait := d.cfg.StoreWait > 0 && (full.IsZero() || time.Since(full) < d.cfg.StoreWait)
 		freed := d.pool.Freed()
-		err := d.preserve(off, n, mayWait)
+		err = d.preserve(off, n, mayWait)
 		if !mayWait || !errors.Is(err, store.ErrFull) {
 			return g, nil
 		}
@@ -216,5 +216,21 @@ func (d *Device) admit(off, n int64) (pass, error) {
 			full = time.Now()
 		}
 		d.waitForSpace(freed, full.Add(d.cfg.StoreWait))
+	}
+}
+
+// letIn enters the gate for a change of [off, off+n), with everything noted that
+// must be before an origin changes (durable.go).
+func (d *Device) letIn(off, n int64) (pass, error) {
+	for {
+		g, ok := d.writers.enter(d.stop)
+		if !ok {
+			return 0, ErrStopping
+		}
+		if d.covered(off, n) {
+			return g, nil
+		}
+		d.writers.leave(g)
+		d.cover(off, n)
 	}
 }

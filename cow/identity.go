@@ -1,0 +1,132 @@
+// Telling whether an origin is still the one that we left, with the content that
+// we left.
+//
+// A file is known by its device and inode numbers, its size, and its change time:
+// every write by anybody stamps it. Our own writes do, too, so while we run a lease
+// says until when they may; a stamp beyond the lease is somebody else's. A block
+// device has no stamp. In the same boot its sequence number tells whether it is the
+// same disk; over a reboot it is trusted only after a clean end, and if what file
+// systems write when they are mounted is as it was.
+
+package cow
+
+import (
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"sync/atomic"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// identity is what is noted of an origin.
+type identity struct {
+	dev, ino uint64 // of the file; of a block device its number and 0
+	size     int64
+	changed  int64 // change time in nanoseconds since 1970; 0 for a block device
+	diskSeq  uint64
+	print    [sha256.Size]byte // of a block device's first and last MiB
+}
+
+// identify notes what f is. The fingerprint is taken only where it is asked for.
+func identify(f *os.File, size int64, fingerprint bool) (identity, error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return identity{}, err
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFBLK {
+		return identity{dev: st.Dev, ino: st.Ino, size: size, changed: st.Ctim.Nano()}, nil
+	}
+	id := identity{dev: st.Rdev, size: size}
+	if seq, err := unix.IoctlGetInt(int(f.Fd()), unix.BLKGETDISKSEQ); err == nil {
+		id.diskSeq = uint64(seq)
+	}
+	if !fingerprint {
+		return id, nil
+	}
+	const part = 1 << 20
+	h := sha256.New()
+	for _, off := range []int64{0, max(0, size-part)} {
+		if _, err := io.Copy(h, io.NewSectionReader(f, off, min(part, size))); err != nil {
+			return identity{}, err
+		}
+	}
+	h.Sum(id.print[:0])
+	return id, nil
+}
+
+func (id identity) isFile() bool { return id.ino != 0 }
+
+// foreign returns why the content of an origin that is now cannot be what we left
+// when it was id, with our own writes leaving no stamp after lease. sameBoot says
+// that the machine was not started anew since, clean that we ended in order.
+func (id identity) foreign(now identity, lease time.Time, sameBoot, clean bool) error {
+	switch {
+	case id.isFile() != now.isFile():
+		return errors.New("the origin was replaced")
+	case id.size != now.size:
+		return fmt.Errorf("the origin's size was changed from %d to %d bytes behind our back", id.size, now.size)
+	case id.isFile() && (id.ino != now.ino || sameBoot && id.dev != now.dev):
+		// Numbers of devices may change at a reboot.
+		return errors.New("the origin was replaced by another file")
+	case id.isFile() && now.changed > lease.UnixNano():
+		return fmt.Errorf("the origin was written or changed behind our back, at %s", time.Unix(0, now.changed).UTC().Format(time.RFC3339Nano))
+	case id.isFile() && now.changed < id.changed:
+		return errors.New("the origin was restored to an earlier state behind our back")
+	case !id.isFile() && sameBoot && (id.dev != now.dev || id.diskSeq != now.diskSeq):
+		return errors.New("the origin is another disk, or was attached anew")
+	case !id.isFile() && !sameBoot && !clean:
+		return errors.New("a block device after a reboot without a clean end: nobody knows who wrote to it")
+	case !id.isFile() && !sameBoot && id.print != now.print:
+		return errors.New("the origin was written behind our back")
+	}
+	return nil
+}
+
+// The lease file in the run directory tells the next start who the origin was:
+//
+//	offset  size  field
+//	     0   512  a checkpoint's header, for its identity
+//	   512     8  lease, nanoseconds since 1970; changes
+const leaseAt = checkpointHeader
+
+// openLease maps the device's lease file, and returns the identity and the lease
+// that a predecessor left; errBlank where there is none.
+func (d *Device) openLease() (mem *memory, was identity, lease time.Time, err error) {
+	mem, err = memoryAt(d.path("lease"), memoryStep)
+	if err != nil {
+		return nil, was, lease, err
+	}
+	if mem.Len() == 0 {
+		if err := mem.Grow(memoryStep); err != nil {
+			mem.Close()
+			return nil, was, lease, err
+		}
+	}
+	b := mem.Bytes()[:checkpointHeader]
+	if host.Uint64(b) == 0 {
+		return mem, was, lease, errBlank
+	}
+	info, err := decodeCheckpoint(b)
+	return mem, info.origin, time.Unix(0, int64(wordAt(mem.Bytes(), leaseAt).Load())), err
+}
+
+// beginLease writes who the origin is to mem, and lets the lease begin.
+func (d *Device) beginLease(mem *memory) error {
+	info, err := d.checkpointInfo(false)
+	if err != nil {
+		return err
+	}
+	var b [checkpointHeader]byte
+	info.encode(b[:])
+	copy(mem.Bytes(), b[:])
+	d.lease = (*atomic.Int64)(unsafe.Pointer(&mem.Bytes()[leaseAt]))
+	d.lease.Store(max(d.lease.Load(), info.origin.changed))
+	mem.closeWhenUnused()
+	d.leaseMemory = mem
+	return nil
+}
