@@ -72,6 +72,9 @@ const (
 	regionPageBits = 508 * 8
 )
 
+// reserveStep is how many numbers are reserved at a time.
+const reserveStep = 16
+
 // durableFile is what the record needs of its file; tests lose power in it.
 type durableFile interface {
 	ReadAt(p []byte, off int64) (int, error)
@@ -157,37 +160,16 @@ func openRegions(path string) (*regions, error) {
 }
 
 func readRegions(f durableFile) (*regions, error) {
-	var st regionsState
-	found := fmt.Errorf("%w: record of regions: no sound header", ErrDamaged)
-	for at := range int64(2) {
-		var b [regionsHeader]byte
-		if _, err := f.ReadAt(b[:], at*regionsHeader); err != nil {
-			continue
-		}
-		switch h, err := decodeRegions(b[:]); {
-		case errors.Is(err, ErrVersion):
-			found = err
-		case err == nil && (found != nil || h.seq > st.seq):
-			st, found = h, nil
-		}
-	}
-	if found != nil {
-		return nil, found
+	st, sure, err := readHeaders(f)
+	if err != nil {
+		return nil, err
 	}
 	r := newRegions(f, st.size)
 	r.state = st
 	for p := range r.pages() {
-		var b [regionPage]byte
-		_, err := f.ReadAt(b[:], r.pageAt(st.set, p))
-		if err != nil || binary.LittleEndian.Uint32(b[508:]) != crc32.Checksum(b[:508], crcTable) {
-			for i := range b {
-				b[i] = 0xff
-			}
-		}
-		for i := p * regionPageBits; i < min((p+1)*regionPageBits, r.n); i++ {
-			if k := i - p*regionPageBits; b[k/8]>>(k%8)&1 != 0 {
-				setBit(r.recorded, i)
-			}
+		r.readPage(st.set, p)
+		if !sure {
+			r.readPage(st.set^1, p)
 		}
 	}
 	// Who wrote them last is not known: they stay until they were idle once.
@@ -195,6 +177,49 @@ func readRegions(f durableFile) (*regions, error) {
 		r.active[i].Store(r.recorded[i].Load())
 	}
 	return r, nil
+}
+
+// readHeaders returns the newer of the headers. Where the other is damaged, it may
+// have been the newer one: then it is not sure which set counts, and the number is
+// raised by more than one header differs from the next.
+func readHeaders(f durableFile) (st regionsState, sure bool, err error) {
+	var sound, damaged int
+	err = fmt.Errorf("%w: record of regions: no sound header", ErrDamaged)
+	for at := range int64(2) {
+		var b [regionsHeader]byte
+		f.ReadAt(b[:], at*regionsHeader) // what cannot be read is not sound
+		switch h, derr := decodeRegions(b[:]); {
+		case derr == nil:
+			sound++
+			if sound == 1 || h.seq > st.seq {
+				st = h
+			}
+		case errors.Is(derr, ErrVersion):
+			err = derr
+			damaged++
+		case b != [regionsHeader]byte{}:
+			damaged++
+		}
+	}
+	if sound == 0 {
+		return st, false, err
+	}
+	if damaged > 0 {
+		st.number += 2 * reserveStep
+	}
+	return st, damaged == 0, nil
+}
+
+// readPage adds what a page of a set has to what is recorded.
+func (r *regions) readPage(set uint32, p int64) {
+	var b [regionPage]byte
+	_, err := r.file.ReadAt(b[:], r.pageAt(set, p))
+	all := err != nil || binary.LittleEndian.Uint32(b[508:]) != crc32.Checksum(b[:508], crcTable)
+	for i := p * regionPageBits; i < min((p+1)*regionPageBits, r.n); i++ {
+		if k := i - p*regionPageBits; all || b[k/8]>>(k%8)&1 != 0 {
+			setBit(r.recorded, i)
+		}
+	}
 }
 
 func (st regionsState) encode(b []byte) {
@@ -367,7 +392,7 @@ func (r *regions) reserve(number uint64) error {
 	if number <= r.state.number {
 		return nil
 	}
-	r.state.number = number + 15
+	r.state.number = number + reserveStep - 1
 	return r.writeHeader()
 }
 

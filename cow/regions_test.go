@@ -1,0 +1,222 @@
+package cow
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"sync"
+	"testing"
+
+	"github.com/google/uuid"
+)
+
+// newTestRegions makes a record in a file of its own.
+func newTestRegions(t *testing.T, size int64) (*regions, string) {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "regions")
+	r, err := createRegions(path, regionsState{size: size, generation: uuid.New(), number: 7})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { r.file.Close() })
+	return r, path
+}
+
+// recordedIn lists the regions that a start finds at path.
+func recordedIn(t *testing.T, path string) []int64 {
+	t.Helper()
+	r, err := openRegions(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.file.Close()
+	var list []int64
+	for i := range r.n {
+		if hasBit(r.recorded, i) {
+			list = append(list, i)
+		}
+	}
+	return list
+}
+
+func wantRegions(t *testing.T, path string, want ...int64) {
+	t.Helper()
+	got := recordedIn(t, path)
+	if len(got) != len(want) {
+		t.Errorf("recorded regions\n got %v\nwant %v", got, want)
+		return
+	}
+	for i := range got {
+		if got[i] != want[i] {
+			t.Errorf("recorded regions\n got %v\nwant %v", got, want)
+			return
+		}
+	}
+}
+
+const region = int64(1) << regionShift
+
+func TestRegionsAreRecordedBeforeTheFirstWrite(t *testing.T) {
+	r, path := newTestRegions(t, 10000*region+512)
+	for _, tc := range []struct{ off, n int64 }{
+		{0, 1}, {3*region - 1, 2}, {5000 * region, 1}, {10000 * region, 512},
+	} {
+		if r.note(tc.off, tc.n) {
+			t.Errorf("region of %d counts as recorded", tc.off)
+		}
+		if err := r.add(tc.off, tc.n); err != nil {
+			t.Fatal(err)
+		}
+		if !r.note(tc.off, tc.n) {
+			t.Errorf("region of %d does not count as recorded", tc.off)
+		}
+	}
+	wantRegions(t, path, 0, 2, 3, 5000, 10000)
+}
+
+func TestDropKeepsWhatIsActive(t *testing.T) {
+	r, path := newTestRegions(t, 100*region)
+	for i := range int64(4) {
+		if err := r.add(i*region, 1); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r.begin()
+	r.note(1*region, 1)
+	err := r.drop(r.state.generation, func() bool {
+		// A writer that looked before the record shrank, and writes now.
+		setBit(r.active, 2)
+		if r.note(3*region, 1) {
+			t.Error("a region that is being dropped counts as recorded")
+		}
+		return true
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Region 3 was asked for too late: its writer has to add it again.
+	wantRegions(t, path, 1, 2, 3)
+	if r.note(0, 1) {
+		t.Error("an idle region is still recorded")
+	}
+	// What was dropped comes back.
+	if err := r.add(0, 1); err != nil {
+		t.Fatal(err)
+	}
+	wantRegions(t, path, 0, 1, 2, 3)
+}
+
+func TestRegionsOfManyAreWrittenTogether(t *testing.T) {
+	r, path := newTestRegions(t, 4000*region)
+	f := &countingFile{durableFile: r.file, entered: make(chan struct{}), release: make(chan struct{})}
+	r.file = f
+	first := begin(func() error { return r.add(0, 1) })
+	<-f.entered
+	var others sync.WaitGroup
+	for i := range int64(64) {
+		others.Go(func() {
+			if err := r.add((10+i)*region, 1); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	for { // until all have joined
+		r.joinMu.Lock()
+		n := 0
+		if r.next != nil {
+			n = len(r.next.regions)
+		}
+		r.joinMu.Unlock()
+		if n == 64 {
+			break
+		}
+	}
+	close(f.release)
+	if err := <-first; err != nil {
+		t.Fatal(err)
+	}
+	others.Wait()
+	if f.syncs != 2 {
+		t.Errorf("%d syncs for 65 regions, 64 of which came during the first: want 2", f.syncs)
+	}
+	if got := len(recordedIn(t, path)); got != 65 {
+		t.Errorf("%d regions are recorded, want 65", got)
+	}
+}
+
+// countingFile counts syncs and holds the first one up.
+type countingFile struct {
+	durableFile
+	syncs            int
+	entered, release chan struct{}
+}
+
+func (f *countingFile) Sync() error {
+	f.syncs++
+	if f.syncs == 1 {
+		close(f.entered)
+		<-f.release
+	}
+	return f.durableFile.Sync()
+}
+
+// TestDamagedRecord damages every byte of the record in turn: it is refused by
+// name, or all that was recorded is still recorded.
+func TestDamagedRecord(t *testing.T) {
+	r, path := newTestRegions(t, 5000*region)
+	add := func(i int64) {
+		if err := r.add(i*region, 1); err != nil {
+			t.Fatal(err)
+		}
+	}
+	add(1)
+	r.note(1*region, 1)
+	// The other set counts from now on, and the first has not region 4999.
+	if err := r.drop(r.state.generation, func() bool { return true }); err != nil {
+		t.Fatal(err)
+	}
+	add(4999)
+	good, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for at := range good {
+		bad := append([]byte(nil), good...)
+		bad[at] ^= 0x10
+		if err := os.WriteFile(path, bad, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		again, err := openRegions(path)
+		if err != nil {
+			if !errors.Is(err, ErrDamaged) && !errors.Is(err, ErrVersion) {
+				t.Fatalf("byte %d: got %v, want ErrDamaged or ErrVersion", at, err)
+			}
+			continue
+		}
+		for _, i := range []int64{1, 4999} {
+			if !hasBit(again.recorded, i) {
+				t.Fatalf("with byte %d changed, region %d is not recorded", at, i)
+			}
+		}
+		again.file.Close()
+	}
+}
+
+func TestNumbersAreReserved(t *testing.T) {
+	r, path := newTestRegions(t, region)
+	if err := r.reserve(8); err != nil {
+		t.Fatal(err)
+	}
+	again, err := openRegions(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer again.file.Close()
+	if got := again.state.number; got < 8 {
+		t.Errorf("reserved up to %d, want at least 8", got)
+	}
+	seq := r.state.seq
+	if err := r.reserve(9); err != nil || r.state.seq != seq {
+		t.Errorf("a number that is reserved already was written again (%v)", err)
+	}
+}
