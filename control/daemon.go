@@ -37,6 +37,9 @@ type Daemon struct {
 	// never while the tree is told of a change.
 	changing sync.Mutex
 
+	// writing serializes writing the set file. Held across I/O.
+	writing sync.Mutex
+
 	// mu protects the fields below. Never held across I/O.
 	mu        sync.Mutex
 	devices   map[string]*device
@@ -46,11 +49,14 @@ type Daemon struct {
 	clients   int             // NBD connections to exports of any kind
 	treeless  bool            // the tree was unmounted under clients: end with the last one
 	tree      *fusefs.Tree    // nil where there is none
+	run       string          // directory of the set file, empty where there is none
+	members   members         // as it was at the start
 }
 
 // device is a device in the set.
 type device struct {
 	*cow.Device
+	request DeviceRequest
 	clients int // NBD connections to its live export; protected by Daemon.mu
 }
 

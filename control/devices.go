@@ -16,8 +16,8 @@ import (
 	"blksnap/fusefs"
 )
 
-// addDevice puts an origin under tracking, under a new generation of the change
-// map: what was written while nobody watched is not known.
+// addDevice puts an origin under tracking. Its change map goes on where it is
+// certain that nobody wrote to the origin meanwhile.
 func (d *Daemon) addDevice(q DeviceRequest) (DeviceInfo, error) {
 	if err := checkName("device", q.Name); err != nil {
 		return DeviceInfo{}, err
@@ -38,7 +38,7 @@ func (d *Daemon) addDevice(q DeviceRequest) (DeviceInfo, error) {
 		err = errStopping()
 	}
 	if err == nil {
-		d.devices[q.Name] = &device{Device: dev}
+		d.devices[q.Name] = &device{Device: dev, request: q}
 	}
 	d.mu.Unlock()
 	if err != nil {
@@ -47,6 +47,7 @@ func (d *Daemon) addDevice(q DeviceRequest) (DeviceInfo, error) {
 		}
 		return DeviceInfo{}, fmt.Errorf("add device %s: %w", q.Name, err)
 	}
+	d.writeMembers()
 	d.record("device-added", q.Name, "", q.Origin)
 	return d.deviceInfo(q.Name)
 }
@@ -137,7 +138,8 @@ func (d *Daemon) removeDevice(name string) error {
 		return err
 	}
 	d.noteTree(func(t *fusefs.Tree) { t.DeviceRemoved(name) })
-	if err := dev.Close(); err != nil {
+	d.writeMembers()
+	if err := dev.Remove(); err != nil {
 		return err
 	}
 	d.record("device-removed", name, "", dev.Origin())

@@ -26,18 +26,23 @@ func (s *service) open(ctx context.Context, passed []net.Listener) error {
 	if err := s.lock(ctx); err != nil {
 		return err
 	}
-	pool := store.NewPool()
-	s.later(func() error { return within(closeLimit, "close the snapstore", pool.Close) })
-	if err := s.openStores(pool); err != nil {
-		return err
-	}
-	// What the snapshots held goes back to the file system.
-	s.later(func() error { return within(closeLimit, "empty the snapstore", pool.Discard) })
-	cat, _, err := cow.OpenCatalogue("", "") // what it knows ends with the process
+	cat, why, err := cow.OpenCatalogue(s.set.run, s.set.state)
 	if err != nil {
 		return err
 	}
 	s.later(cat.Close)
+	if why != nil {
+		s.log.Error("snapshots of the daemon before are lost", "err", why)
+	}
+	left, err := readMembers(s.set.run, cat.Boot())
+	if err != nil {
+		s.log.Error("devices that were added while the daemon before ran are not back", "err", err)
+	}
+	pool := store.NewPool()
+	s.later(func() error { return within(closeLimit, "close the snapstore", pool.Close) })
+	if err := s.openStores(pool, &left); err != nil {
+		return err
+	}
 	s.daemon = newDaemon(s.version, s.log, cat, pool, func(export string) string {
 		return exportURI(s.nbdOn[0].Addr(), export)
 	})
@@ -45,18 +50,40 @@ func (s *service) open(ctx context.Context, passed []net.Listener) error {
 		return err
 	}
 	s.later(s.daemon.closeDevices)
-	for _, q := range s.set.devices {
-		if _, err := s.daemon.addDevice(q); err != nil {
-			return err
-		}
+	if err := s.openDevices(left); err != nil {
+		return err
 	}
+	s.daemon.keepMembers(s.set.run, left)
 	return s.mountTree(ctx)
 }
 
-// openStores opens the parts of the snapstore, empty: what a predecessor kept
-// in them went with its tables. A start that fails after that takes the files
-// away that it has made.
-func (s *service) openStores(pool *store.Pool) error {
+// openDevices opens the devices that were asked for, and those that were added
+// while a predecessor ran, and finds its snapshots again.
+func (s *service) openDevices(left members) error {
+	for k, q := range left.join(s.set.devices) {
+		_, err := s.daemon.addDevice(q)
+		if err != nil && k < len(s.set.devices) {
+			return err
+		}
+		if err != nil {
+			s.log.Error("a device of the daemon before is not back", "device", q.Name, "err", err)
+		}
+	}
+	s.daemon.recoverSnapshots()
+	// What nobody names any more goes back to the file system; meanwhile other
+	// slots are given out.
+	discarded := make(chan error, 1)
+	go func() { discarded <- s.daemon.pool.Discard() }()
+	s.later(func() error {
+		return within(closeLimit, "empty the snapstore", func() error { return <-discarded })
+	})
+	return nil
+}
+
+// openStores opens the parts of the snapstore, with what a predecessor kept in
+// them, and notes their numbers in left. A start that fails after that takes the
+// files away that it has made.
+func (s *service) openStores(pool *store.Pool, left *members) error {
 	for _, spec := range s.set.stores {
 		_, err := os.Lstat(spec.Path)
 		made := spec.Kind == store.File && errors.Is(err, fs.ErrNotExist)
@@ -67,11 +94,16 @@ func (s *service) openStores(pool *store.Pool) error {
 		if made {
 			s.later(func() error { return s.unmake(spec.Path) })
 		}
-		if err := pool.Add(part); err != nil {
+		no, err := left.number(part)
+		if err == nil {
+			err = pool.AddAs(no, part)
+		}
+		if err != nil {
 			return errors.Join(err, part.Close())
 		}
+		left.note(no, part)
 	}
-	return pool.Discard()
+	return nil
 }
 
 // unmake removes a file that this start has made, unless the daemon has served.

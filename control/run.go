@@ -127,13 +127,9 @@ func shutdown(api *http.Server, nbd *intercept.Server) error {
 	return errors.Join(errs[:]...)
 }
 
-// closeDevices destroys the snapshots, which end with the process, and closes
-// the devices. Nobody uses them any more, or nobody waits for them to finish.
+// closeDevices closes the devices, with their snapshots, which the next start finds
+// again. Nobody uses them any more, or nobody waits for them to finish.
 func (d *Daemon) closeDevices() error {
-	var errs []error
-	for _, s := range d.allSnapshots() {
-		errs = append(errs, s.Destroy(true))
-	}
 	devices := d.sortedDevices()
 	closed := make([]error, len(devices))
 	var all sync.WaitGroup
@@ -141,7 +137,7 @@ func (d *Daemon) closeDevices() error {
 		all.Go(func() { closed[i] = within(closeLimit, "close device "+dev.Name(), dev.Close) })
 	}
 	all.Wait()
-	return errors.Join(append(errs, closed...)...)
+	return errors.Join(closed...)
 }
 
 // within waits for f, but not longer than limit: what hangs in a disk then ends

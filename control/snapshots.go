@@ -160,3 +160,14 @@ func (d *Daemon) allSnapshots() []*cow.Snapshot {
 	defer d.mu.Unlock()
 	return slices.Clone(d.snapshots)
 }
+
+// recoverSnapshots finds the snapshots of a daemon that was killed or upgraded.
+func (d *Daemon) recoverSnapshots() {
+	found := d.cat.Recover()
+	d.mu.Lock()
+	d.snapshots = found
+	d.mu.Unlock()
+	for _, s := range found {
+		d.record("snapshot-found", "", s.Name(), s.State())
+	}
+}

@@ -136,6 +136,9 @@ func (c *Catalogue) begin(boot string) error {
 	return nil
 }
 
+// Boot names the machine's present start.
+func (c *Catalogue) Boot() string { return c.boot }
+
 // Close leaves the content as it is.
 func (c *Catalogue) Close() error { return c.mem.Close() }
 

@@ -40,7 +40,7 @@ func newHome(t *testing.T, size int64) *home {
 // open returns the snapshots that were found.
 func (h *home) open() map[string]*Snapshot {
 	h.t.Helper()
-	h.cat = newCatalogue(h.t, filepath.Join(h.dir, "run"))
+	h.cat = newCatalogue(h.t, filepath.Join(h.dir, "run"), "")
 	f, err := store.OpenFile(filepath.Join(h.dir, "store"), 16<<20, false)
 	if err != nil {
 		h.t.Fatal(err)
