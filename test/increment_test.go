@@ -12,6 +12,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 )
 
 // incrementScript returns the loop that the README shows. It fails the test if
@@ -207,8 +208,13 @@ func TestNumbersOfAnEarlierGenerationAreGone(t *testing.T) {
 			eventually(d.t, "the device is removed", func() bool { return d.try("device", "remove", "vda").status == 0 })
 			d.blksnap("device", "add", origin)
 		}},
-		{"stopped and started", func(d *daemon, origin string) { d.stop(); d.start(origin) }},
-		{"killed and started", func(d *daemon, origin string) { d.kill(); d.start(origin) }},
+		{"written while stopped", func(d *daemon, origin string) { d.stop(); writeBehind(d.t, origin); d.start(origin) }},
+		{"written after it was killed", func(d *daemon, origin string) {
+			d.kill()
+			time.Sleep(1100 * time.Millisecond) // the lease of its own writes ends
+			writeBehind(d.t, origin)
+			d.start(origin)
+		}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			d, origin := serveOrigin(t, 4*miB)
@@ -241,5 +247,18 @@ func TestNumbersOfAnEarlierGenerationAreGone(t *testing.T) {
 				t.Errorf("cbt extents since it ends with status %d, want 3: %s", r.status, r.stderr)
 			}
 		})
+	}
+}
+
+// writeBehind changes a byte of an origin that nobody serves.
+func writeBehind(t *testing.T, origin string) {
+	t.Helper()
+	f, err := os.OpenFile(origin, os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := f.WriteAt([]byte{1}, 0); err != nil {
+		t.Fatal(err)
 	}
 }

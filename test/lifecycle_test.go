@@ -3,6 +3,7 @@
 package test
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"os"
@@ -49,16 +50,23 @@ func TestCleanStop(t *testing.T) {
 	}
 
 	d.start(origin)
-	if got := read(t, d.device("vda", "cbt", "generation")); got == generation {
-		t.Errorf("the generation is still %s, but nobody knows what happened in between", got)
+	if got := read(t, d.device("vda", "cbt", "generation")); got != generation {
+		t.Errorf("the generation went from %s to %s, but nobody wrote to the origin", generation, got)
 	}
-	if exists(d.device("vda", "cbt", "since", fmt.Sprint(number))) {
-		t.Errorf("since/%d of an earlier generation exists", number)
+	if got := read(t, d.device("vda", "cbt", "since", fmt.Sprint(number))); got != "" {
+		t.Errorf("changed since the snapshot before the stop: %q, want nothing", got)
+	}
+	image, err := os.ReadFile(d.snapshot("s1", "vda.img"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(image, content) {
+		t.Error("the image is not what it was before the stop")
 	}
 }
 
 // After SIGKILL every acknowledged write is in the origin, and the next start
-// clears the stale mount.
+// clears the stale mount. Snapshots and history go on.
 func TestKillAndStartAgain(t *testing.T) {
 	needRoot(t)
 	d, origin := serveOrigin(t, 16*miB)
@@ -84,12 +92,19 @@ func TestKillAndStartAgain(t *testing.T) {
 		if err := Verify(got, "vda", 0, 2+round, 2+round); err != nil {
 			t.Error(err)
 		}
-		if exists(d.device("vda", "cbt", "since", fmt.Sprint(number))) {
-			t.Errorf("since/%d exists, but nobody knows what was written since", number)
+		if got, want := read(t, d.device("vda", "cbt", "since", fmt.Sprint(number))), "0 1048576 data"; got != want {
+			t.Errorf("changed since the snapshot before the kill\n got %q\nwant %q", got, want)
 		}
-		if exists(d.snapshot("s1")) {
-			rmdir(t, d.snapshot("s1"))
+		image, err := os.ReadFile(d.snapshot("s1", "vda.img"))
+		if err != nil {
+			t.Fatal(err)
 		}
+		if round > 0 {
+			if err := Verify(image[:miB], "vda", 0, 1+round, 1+round); err != nil {
+				t.Errorf("the image after the kill: %v", err)
+			}
+		}
+		rmdir(t, d.snapshot("s1"))
 	}
 }
 
