@@ -33,11 +33,14 @@ type Config struct {
 
 	Mount   string   `placeholder:"DIR" yaml:"mount" help:"Where the tree is mounted, or none (/run/blksnap; unprivileged $XDG_RUNTIME_DIR/blksnap)."`
 	Run     string   `placeholder:"DIR" yaml:"run" help:"Sockets and what lives until reboot (/run/blksnapd; unprivileged $XDG_RUNTIME_DIR/blksnapd)."`
-	Listen  []string `placeholder:"URI" sep:"none" yaml:"listen" help:"Serve NBD there: unix://PATH or tcp://HOST:PORT on loopback; repeatable (unix://RUN/nbd.sock)."`
+	Listen  []string `placeholder:"URI" sep:"none" yaml:"listen" help:"Serve NBD there: unix://PATH or tcp://HOST:PORT; repeatable (unix://RUN/nbd.sock)."`
 	Control string   `placeholder:"PATH" yaml:"control" help:"The control socket (RUN/control.sock)."`
 	Store   []string `placeholder:"SPEC" sep:"none" yaml:"store" help:"Part of the snapstore: mem[:LIMIT], file:PATH[:LIMIT] or dev:PATH; repeatable, in order of preference (file:STATE/snapstore)."`
 	State   string   `placeholder:"DIR" yaml:"state" help:"What outlives a reboot (/var/lib/blksnap; unprivileged $XDG_STATE_HOME/blksnap)."`
 	File    string   `placeholder:"FILE" name:"config" yaml:"-" help:"The same settings in YAML (/etc/blksnap.yaml where it exists); flags win."`
+
+	TLSCerts       string `name:"tls-certs" placeholder:"DIR" yaml:"tls-certs" help:"Offer TLS with the certificates in DIR (ca-cert.pem, server-cert.pem, server-key.pem) to clients with one of that authority."`
+	AllowPlaintext bool   `yaml:"allow-plaintext" help:"Serve other machines without TLS, too: anybody who reaches the socket can read and write the disks."`
 
 	AllowOther bool `yaml:"allow-other" help:"Show the tree to other users too."`
 	Force      bool `yaml:"force" help:"Take a store's file or device although it holds something else."`
@@ -109,6 +112,8 @@ func (c Config) withFile() (Config, error) {
 	c.State = cmp.Or(c.State, f.State)
 	c.TrackingBlock = cmp.Or(c.TrackingBlock, f.TrackingBlock)
 	c.StoreWait = cmp.Or(c.StoreWait, f.StoreWait)
+	c.TLSCerts = cmp.Or(c.TLSCerts, f.TLSCerts)
+	c.AllowPlaintext = c.AllowPlaintext || f.AllowPlaintext
 	c.AllowOther = c.AllowOther || f.AllowOther
 	c.Force = c.Force || f.Force
 	return c, nil

@@ -42,6 +42,8 @@ store:
   - mem:1GiB
   - file:/f:10GiB
 state: /s
+tls-certs: /t
+allow-plaintext: true
 allow-other: true
 force: true
 tracking-block: 4KiB
@@ -50,7 +52,7 @@ store-wait: 1m30s
 			want: Config{
 				Origin: []string{"vda=/srv/vda.img", "/dev/sdb"}, Mount: "none", Run: "/r",
 				Listen: []string{"unix:///s", "tcp://localhost"}, Control: "/c",
-				Store: []string{"mem:1GiB", "file:/f:10GiB"}, State: "/s", AllowOther: true, Force: true,
+				Store: []string{"mem:1GiB", "file:/f:10GiB"}, State: "/s", TLSCerts: "/t", AllowPlaintext: true, AllowOther: true, Force: true,
 				DeviceConfig: DeviceConfig{TrackingBlock: 4096, StoreWait: 90 * time.Second},
 			},
 		},

@@ -30,14 +30,14 @@ const (
 )
 
 // listenNBD opens the listening socket that uri names: unix://PATH or
-// tcp://HOST:PORT. Without encryption only loopback is served.
-func listenNBD(ctx context.Context, uri string) (net.Listener, error) {
+// tcp://HOST:PORT. Beyond loopback it listens only if remote is set.
+func listenNBD(ctx context.Context, uri string, remote bool) (net.Listener, error) {
 	scheme, rest, _ := strings.Cut(uri, "://")
 	switch {
 	case scheme == "unix" && rest != "":
 		return listenUnix(ctx, rest)
 	case scheme == "tcp" && rest != "":
-		return listenTCP(ctx, rest)
+		return listenTCP(ctx, rest, remote)
 	}
 	return nil, refuse(syscall.EINVAL, "listen on %q: it is neither unix://PATH nor tcp://HOST:PORT", clip(uri))
 }
@@ -91,8 +91,8 @@ func clearSocket(ctx context.Context, path string) error {
 }
 
 // listenTCP opens a TCP socket at addr, HOST:PORT or HOST, every address of
-// which must be a loopback one.
-func listenTCP(ctx context.Context, addr string) (net.Listener, error) {
+// which must be a loopback one unless remote is set.
+func listenTCP(ctx context.Context, addr string, remote bool) (net.Listener, error) {
 	host, port, err := net.SplitHostPort(addr)
 	if err != nil {
 		host, port = strings.Trim(addr, "[]"), nbdPort
@@ -104,16 +104,24 @@ func listenTCP(ctx context.Context, addr string) (net.Listener, error) {
 		}
 	}
 	for _, ip := range ips {
-		if !ip.IP.IsLoopback() {
-			return nil, refuse(syscall.EPERM, "listen on tcp://%s: only loopback addresses are served", addr)
+		if !remote && !ip.IP.IsLoopback() {
+			return nil, errPlaintext(addr)
 		}
 	}
 	var c net.ListenConfig
-	l, err := c.Listen(ctx, "tcp", net.JoinHostPort(ips[0].String(), port))
+	at := ips[0].String()
+	if host == "" {
+		at = "" // every address of either family
+	}
+	l, err := c.Listen(ctx, "tcp", net.JoinHostPort(at, port))
 	if err != nil {
 		return nil, fmt.Errorf("listen on tcp://%s: %w", addr, plain(err))
 	}
 	return l, nil
+}
+
+func errPlaintext(addr string) error {
+	return refuse(syscall.EPERM, "listen on tcp://%s: other machines are served only with --tls-certs, or with --allow-plaintext", addr)
 }
 
 // plain takes off what net adds around an error: it names the address again.
@@ -142,8 +150,12 @@ func passedSockets() ([]net.Listener, error) {
 	return found, nil
 }
 
-// exportURI is the NBD URI of an export on a socket with the address a.
-func exportURI(a net.Addr, export string) string {
+// exportURI is the NBD URI of an export on a socket with the address a, whose
+// clients must use TLS if tls is set.
+func exportURI(a net.Addr, export string, tls bool) string {
+	if a.Network() != "unix" && tls {
+		return "nbds://" + a.String() + "/" + export
+	}
 	if a.Network() != "unix" {
 		return "nbd://" + a.String() + "/" + export
 	}

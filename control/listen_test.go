@@ -71,21 +71,24 @@ func TestListenNBD(t *testing.T) {
 	for _, tc := range []struct {
 		name, uri string
 		err       string // "" where we listen
+		remote    bool
 	}{
-		{"TCP on loopback", "tcp://127.0.0.1:0", ""},
-		{"TCP on loopback by name", "tcp://localhost:0", ""},
-		{"TCP on loopback, IPv6", "tcp://[::1]:0", ""},
-		{"all addresses", "tcp://0.0.0.0:0", "listen on tcp://0.0.0.0:0: only loopback addresses are served"},
-		{"no host", "tcp://:0", "listen on tcp://:0: only loopback addresses are served"},
-		{"all addresses, IPv6", "tcp://[::]:0", "listen on tcp://[::]:0: only loopback addresses are served"},
-		{"bad port", "tcp://127.0.0.1:nbdx", "listen on tcp://127.0.0.1:nbdx: lookup tcp/nbdx: unknown port"},
-		{"no scheme", "/run/nbd.sock", `listen on "/run/nbd.sock": it is neither unix://PATH nor tcp://HOST:PORT`},
-		{"no path", "unix://", `listen on "unix://": it is neither unix://PATH nor tcp://HOST:PORT`},
-		{"long path", "unix:///" + strings.Repeat("x", 200), "listen on /" + strings.Repeat("x", 200) + ": a socket's path has at most 107 bytes"},
-		{"no directory", "unix:///nonexistent/s", "listen on /nonexistent/s: bind: no such file or directory"},
+		{name: "TCP on loopback", uri: "tcp://127.0.0.1:0"},
+		{name: "TCP on loopback by name", uri: "tcp://localhost:0"},
+		{name: "TCP on loopback, IPv6", uri: "tcp://[::1]:0"},
+		{name: "all addresses with TLS", uri: "tcp://0.0.0.0:0", remote: true},
+		{name: "no host with TLS", uri: "tcp://:0", remote: true},
+		{"all addresses", "tcp://0.0.0.0:0", "listen on tcp://0.0.0.0:0: other machines are served only with --tls-certs, or with --allow-plaintext", false},
+		{"no host", "tcp://:0", "listen on tcp://:0: other machines are served only with --tls-certs, or with --allow-plaintext", false},
+		{"all addresses, IPv6", "tcp://[::]:0", "listen on tcp://[::]:0: other machines are served only with --tls-certs, or with --allow-plaintext", false},
+		{"bad port", "tcp://127.0.0.1:nbdx", "listen on tcp://127.0.0.1:nbdx: lookup tcp/nbdx: unknown port", false},
+		{"no scheme", "/run/nbd.sock", `listen on "/run/nbd.sock": it is neither unix://PATH nor tcp://HOST:PORT`, false},
+		{"no path", "unix://", `listen on "unix://": it is neither unix://PATH nor tcp://HOST:PORT`, false},
+		{"long path", "unix:///" + strings.Repeat("x", 200), "listen on /" + strings.Repeat("x", 200) + ": a socket's path has at most 107 bytes", false},
+		{"no directory", "unix:///nonexistent/s", "listen on /nonexistent/s: bind: no such file or directory", false},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			l, err := listenNBD(t.Context(), tc.uri)
+			l, err := listenNBD(t.Context(), tc.uri, tc.remote)
 			if err == nil {
 				l.Close()
 			}
@@ -103,14 +106,16 @@ func TestExportURI(t *testing.T) {
 		name string
 		addr net.Addr
 		want string
+		tls  bool
 	}{
-		{"unix", &net.UnixAddr{Net: "unix", Name: "/run/blksnapd/nbd.sock"}, "nbd+unix:///vda@nightly?socket=/run/blksnapd/nbd.sock"},
-		{"odd path", &net.UnixAddr{Net: "unix", Name: "/a b/c&d+e?f#g%h"}, "nbd+unix:///vda@nightly?socket=/a%20b/c%26d%2Be%3Ff%23g%25h"},
-		{"TCP", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 10809}, "nbd://127.0.0.1:10809/vda@nightly"},
-		{"TCP, IPv6", &net.TCPAddr{IP: net.IPv6loopback, Port: 1}, "nbd://[::1]:1/vda@nightly"},
+		{"unix", &net.UnixAddr{Net: "unix", Name: "/run/blksnapd/nbd.sock"}, "nbd+unix:///vda@nightly?socket=/run/blksnapd/nbd.sock", false},
+		{"odd path", &net.UnixAddr{Net: "unix", Name: "/a b/c&d+e?f#g%h"}, "nbd+unix:///vda@nightly?socket=/a%20b/c%26d%2Be%3Ff%23g%25h", false},
+		{"TCP", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 10809}, "nbd://127.0.0.1:10809/vda@nightly", false},
+		{"TLS", &net.TCPAddr{IP: net.IPv4(10, 0, 0, 1), Port: 10809}, "nbds://10.0.0.1:10809/vda@nightly", true},
+		{"TCP, IPv6", &net.TCPAddr{IP: net.IPv6loopback, Port: 1}, "nbd://[::1]:1/vda@nightly", false},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			if got := exportURI(tc.addr, "vda@nightly"); got != tc.want {
+			if got := exportURI(tc.addr, "vda@nightly", tc.tls); got != tc.want {
 				t.Errorf("URI on %v\n got %s\nwant %s", tc.addr, got, tc.want)
 			}
 		})

@@ -44,7 +44,7 @@ func (s *service) open(ctx context.Context, passed []net.Listener) error {
 		return err
 	}
 	s.daemon = newDaemon(s.version, s.log, cat, pool, func(export string) string {
-		return exportURI(s.nbdOn[0].Addr(), export)
+		return exportURI(s.nbdOn[0].Addr(), export, !s.plaintext(s.nbdOn[0]))
 	})
 	if err := s.listen(ctx, passed); err != nil {
 		return err
@@ -134,15 +134,25 @@ func (s *service) listen(ctx context.Context, passed []net.Listener) error {
 	}
 	s.later(closeOnce(s.apiOn))
 	if s.nbdOn = passed; passed != nil {
-		return nil
+		return s.checkPassed()
 	}
 	for _, uri := range s.set.listen {
-		l, err := listenNBD(ctx, uri)
+		l, err := listenNBD(ctx, uri, s.set.tls != nil || s.set.allowPlaintext)
 		if err != nil {
 			return err
 		}
 		s.nbdOn = append(s.nbdOn, l)
 		s.later(closeOnce(l))
+	}
+	return nil
+}
+
+// checkPassed refuses to serve other machines without TLS unless told to.
+func (s *service) checkPassed() error {
+	for _, l := range s.nbdOn {
+		if s.set.tls == nil && !s.plaintext(l) {
+			return errPlaintext(l.Addr().String())
+		}
 	}
 	return nil
 }

@@ -36,13 +36,17 @@ func (s *service) run(ctx context.Context, out io.Writer) error {
 	// What serves outlives ctx: it has to answer what is in flight.
 	serving, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
-	nbd := intercept.NewServer(intercept.Options{Exports: exports{s.daemon}, Log: s.log})
+	nbd := intercept.NewServer(intercept.Options{Exports: exports{s.daemon}, Log: s.log, TLS: s.set.tls})
 	api := newServer(serving, s.daemon)
 	failed := make(chan error, len(s.nbdOn)+1)
 	var running sync.WaitGroup
 	running.Go(func() { failed <- serveControl(api, s.apiOn) })
 	for _, l := range s.nbdOn {
-		running.Go(func() { failed <- serveNBD(serving, nbd, l) })
+		serve := nbd.Serve
+		if !s.plaintext(l) {
+			serve = nbd.ServeTLS
+		}
+		running.Go(func() { failed <- serveNBD(serving, serve, l) })
 	}
 	running.Go(func() { watchdog(serving, s.log, s.daemon.alive) })
 
@@ -57,8 +61,8 @@ func (s *service) run(ctx context.Context, out io.Writer) error {
 	return err
 }
 
-func serveNBD(ctx context.Context, nbd *intercept.Server, l net.Listener) error {
-	if err := nbd.Serve(ctx, l); err != nil {
+func serveNBD(ctx context.Context, serve func(context.Context, net.Listener) error, l net.Listener) error {
+	if err := serve(ctx, l); err != nil {
 		return fmt.Errorf("serve NBD on %s: %w", l.Addr(), err)
 	}
 	return nil

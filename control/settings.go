@@ -5,6 +5,7 @@ package control
 import (
 	"cmp"
 	"context"
+	"crypto/tls"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -25,7 +26,10 @@ type settings struct {
 	stores       []store.Spec
 	devices      []DeviceRequest
 	allowOther   bool
-	force        bool
+	tls          *tls.Config // nil for none
+
+	allowPlaintext bool // also to other machines
+	force          bool
 
 	private string // directory to remove at the end, "" for none
 	base    string // directory of ours to make before those in it, "" for none
@@ -44,7 +48,10 @@ func settle(c Config, passed bool) (s settings, err error) {
 			return s, err
 		}
 	}
-	s.allowOther, s.force = c.AllowOther, c.Force
+	s.allowOther, s.force, s.allowPlaintext = c.AllowOther, c.Force, c.AllowPlaintext
+	if s.tls, err = loadTLS(c.TLSCerts); err != nil {
+		return s, err
+	}
 	if err := s.settleDevices(c); err != nil {
 		return s, err
 	}
