@@ -69,6 +69,7 @@ func (c *connection) serve(mustTLS bool) {
 		return
 	}
 	c.conn.SetDeadline(time.Time{})
+	widen(c.conn)
 	c.transmit(h)
 }
 

@@ -11,6 +11,7 @@ import (
 	"io"
 	"net"
 	"syscall"
+	"time"
 
 	"github.com/pojntfx/go-nbd/pkg/protocol"
 )
@@ -89,6 +90,11 @@ func (h *handshake) greet() error {
 // option serves one option. It returns an error only if the connection cannot
 // go on.
 func (h *handshake) option(ctx context.Context) error {
+	if h.server.stopping.Load() {
+		// One more look for what is on its way; Shutdown has set a deadline
+		// that ends reads at once.
+		h.conn.SetReadDeadline(time.Now().Add(lastLook))
+	}
 	var o protocol.NegotiationOptionHeader
 	if err := binary.Read(h.conn, binary.BigEndian, &o); err != nil {
 		return fmt.Errorf("read option: %w", err)

@@ -59,5 +59,5 @@ func (j *job) nextRun(i int64) (end int64, zero bool) {
 func (j *job) nextBlock(i int64) (end int64, zero bool) {
 	end = min(j.n, i+holeSize-(j.off+i)%holeSize)
 	p := j.buf.data(end)[i:]
-	return end, len(p) == holeSize && p[0] == 0 && bytes.Equal(p, zeroes[:])
+	return end, bytes.Equal(p, zeroes[:])
 }

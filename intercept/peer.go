@@ -1,4 +1,4 @@
-// Who is at the other end.
+// The other end: who it is, and how much is on its way there.
 
 package intercept
 
@@ -7,6 +7,30 @@ import (
 	"net"
 	"syscall"
 )
+
+// sendBuffer is the room in the kernel for replies on a unix socket, in bytes;
+// the kernel doubles it. Large reads need less than four fifths of the CPU time
+// that they need with the default, 208 KiB: the writer seldom has to wait and
+// be woken. TCP sizes its buffers itself.
+const sendBuffer = 512 << 10
+
+// widen gives conn that room, or as much of it as we are allowed.
+func widen(conn net.Conn) {
+	u, ok := conn.(*net.UnixConn)
+	if !ok {
+		return
+	}
+	raw, err := u.SyscallConn()
+	if err != nil {
+		return
+	}
+	raw.Control(func(fd uintptr) {
+		err = syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_SNDBUFFORCE, sendBuffer)
+	})
+	if err != nil {
+		u.SetWriteBuffer(sendBuffer)
+	}
+}
 
 // describePeer says for people who conn's client is: the address, or the
 // process behind a unix socket.

@@ -34,7 +34,8 @@ type Options struct {
 	// MemoryBudget is how many bytes the data of requests and replies may
 	// take, of all connections together; 0 means 128 MiB. It is at least 128
 	// KiB for each of MaxConns. Beyond it a connection takes 64 KiB to read
-	// requests and up to 256 KiB for short replies.
+	// requests and up to 256 KiB for short replies, and the kernel's buffer
+	// of a unix socket is 1 MiB where we may set it.
 	MemoryBudget int64
 }
 

@@ -188,6 +188,22 @@ func clip(list []Extent, n uint64) []Extent {
 	return out
 }
 
+// TestPayloadFlagOfExport checks that only the export whose contexts were
+// selected is said to take lists of them.
+func TestPayloadFlagOfExport(t *testing.T) {
+	exports := newShelf(map[string]Device{"disk": newMemory(1 << 20), "other": newMemory(1 << 20)})
+	_, addr := startServer(t, Options{Exports: exports})
+	c := dial(t, addr)
+	c.wantFinal(NBD_OPT_EXTENDED_HEADERS, nil, NBD_REP_ACK)
+	c.wantFinal(NBD_OPT_SET_META_CONTEXT, metaData("disk", "base:allocation"), NBD_REP_ACK)
+	for name, want := range map[string]uint16{"disk": NBD_FLAG_BLOCK_STATUS_PAYLOAD, "other": 0} {
+		info := c.option(NBD_OPT_INFO, infoData(name))[0].data
+		if got := binary.BigEndian.Uint16(info[10:]) & NBD_FLAG_BLOCK_STATUS_PAYLOAD; got != want {
+			t.Errorf("flag in the INFO of %s\n got %#x\nwant %#x", name, got, want)
+		}
+	}
+}
+
 // TestStatusPayload asks for some of the contexts, with extended headers.
 func TestStatusPayload(t *testing.T) {
 	c := connect(t, serveDevice(t, newMemory(1<<20)), extended, "disk", "base:allocation", dirtyBitmap)
