@@ -41,7 +41,7 @@ func (p *Pool) WriteAt(s Slot, b []byte, off int64) error {
 		return nil
 	}
 	if errors.Is(err, syscall.ENOSPC) {
-		p.noteNoBacking(l)
+		p.noteNoBacking(l, int64(len(b)+BlockSize-1)/BlockSize)
 	} else {
 		p.noteFailure(l, err)
 	}
@@ -72,10 +72,10 @@ func (p *Pool) noteFailure(l *ledger, err error) {
 	p.noteSpace()
 }
 
-// noteNoBacking counts a part as full for now.
-func (p *Pool) noteNoBacking(l *ledger) {
+// noteNoBacking counts a part as full for now that could not hold n blocks.
+func (p *Pool) noteNoBacking(l *ledger, n int64) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	l.noteNoBacking()
+	l.noteNoBacking(n)
 	p.noteSpace()
 }

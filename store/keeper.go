@@ -70,39 +70,7 @@ func (p *Pool) tend(l *ledger, idle bool) {
 		case <-time.After(pause):
 		}
 	}
-	if p.lacksBacking(l) {
-		p.survey(l) // what was punched may have made some
-	}
-}
-
-// lacksBacking says whether the part was found full before its limit.
-func (p *Pool) lacksBacking(l *ledger) bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return l.ceiling < l.used
-}
-
-// survey asks the part how much backing it can still have, and lets those go on
-// who wait for it to work again.
-func (p *Pool) survey(l *ledger) {
-	avail, err := l.part.Avail()
-	if err != nil {
-		p.noteFailure(l, err)
-		return
-	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	before := l.room()
-	l.ceiling = l.used + l.spare + min(avail/BlockSize, l.limit)
-	over := l.hungAt >= 0 && l.state() == nil
-	if over {
-		l.hungAt = -1
-	}
-	if over || l.room() > before {
-		p.noteFreed()
-	} else {
-		p.noteSpace()
-	}
+	p.lookAgain(l)
 }
 
 // wantAhead notes that n slots are asked for of which some are whole: as many

@@ -299,29 +299,3 @@ func (p *memPart) field(t testing.TB, name string) (values []string) {
 	}
 	return values
 }
-
-// TestPunchKeepsNeighbours: what is punched is what is spare, to the block.
-func TestPunchKeepsNeighbours(t *testing.T) {
-	f := newFaulty(t, 64<<20)
-	var got [][2]int64
-	p := openPool(t, f)
-	slots := alloc(t, p, 0xffff, 0x7ffe, 0xffff, 0x0ff0)
-	p.Shrink(slots[0], 0x8001)
-	p.Free(slots[1], 0x7ffe)
-	p.Shrink(slots[2], 0x0003)
-	f.set(func(op string, off, n int64) error {
-		if op == "punch" {
-			got = append(got, [2]int64{off / BlockSize, n / BlockSize})
-		}
-		return nil
-	})
-	if err := p.Discard(); err != nil {
-		t.Fatal(err)
-	}
-	f.set(nil)
-	first := slots[0].index() * slotBlocks
-	want := [][2]int64{{first, 1}, {first + 15, 1 + 16 + 2}}
-	if len(got) < 2 || got[0] != want[0] || got[1] != want[1] {
-		t.Errorf("blocks punched\n got %v\nwant %v", got, want)
-	}
-}

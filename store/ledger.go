@@ -28,10 +28,9 @@ type ledger struct {
 	// begun and ended count reads and writes where these may hang.
 	begun, ended atomic.Int64
 
-	limit   int64 // blocks in use at most
-	ceiling int64 // as far as there is backing; may be above limit, or below used
-	used    int64 // blocks in use, those of quarantined slots included
-	spare   int64
+	limit   int64  // blocks in use at most
+	used    int64  // blocks in use, those of quarantined slots included
+	spare   int64  // blocks
 	stuck   int64  // slots in quarantine
 	allocs  uint64 // counts alloc and extend: tells the keeper what is idle
 	seen    uint64 // allocs when the keeper last looked
@@ -39,6 +38,7 @@ type ledger struct {
 	noAhead bool   // it cannot
 	failed  error  // why no slot is given out any more
 	hungAt  int64  // ended when I/O was found to hang, -1 if it was not
+	backing backing
 
 	pages  []*[pageSlots]slotState
 	fresh  int64 // slots from this one on were never given out
@@ -73,7 +73,7 @@ func newLedger(no uint8, part Part) *ledger {
 		gone:    make(chan struct{}),
 		closed:  make(chan struct{}),
 		limit:   limit,
-		ceiling: limit,
+		backing: backing{ceiling: limit},
 		fresh:   t.Held,
 		hungAt:  -1,
 	}
@@ -100,10 +100,10 @@ func (l *ledger) cost(mask uint16) int64 {
 
 // left is how many more blocks can be in use.
 func (l *ledger) left() int64 {
-	if l.state() != nil {
+	if l.backing.short || l.state() != nil {
 		return 0
 	}
-	return max(0, min(l.limit, l.ceiling)-l.used)
+	return max(0, min(l.limit, l.backing.ceiling)-l.used)
 }
 
 // room is how many of them can be in slots that are free now.
@@ -130,12 +130,6 @@ func (l *ledger) noteHang() {
 	if l.begun.Load() != ended {
 		l.hungAt = ended
 	}
-}
-
-// noteNoBacking is called when there was none for blocks that were given out. The
-// part gives out no more until survey finds some.
-func (l *ledger) noteNoBacking() {
-	l.ceiling, l.ahead = 0, 0
 }
 
 // take puts the free slot i in use.
@@ -190,7 +184,7 @@ func (l *ledger) shrink(i int64, mask uint16) {
 	drop := mask & st.used
 	st.used &^= drop
 	if !l.traits.Coarse {
-		l.used -= blocks(drop)
+		l.unuse(blocks(drop))
 		l.setSpare(i, st, st.spare|drop)
 	}
 }
@@ -199,7 +193,7 @@ func (l *ledger) shrink(i int64, mask uint16) {
 func (l *ledger) free(i int64) {
 	st := l.slot(i)
 	l.inUse.remove(i)
-	l.used -= l.cost(st.used)
+	l.unuse(l.cost(st.used))
 	if i >= l.swept && i < l.traits.Held {
 		st.used = 0
 		l.setSpare(i, st, 0) // sweep will find it

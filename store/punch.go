@@ -2,6 +2,8 @@
 
 package store
 
+import "time"
+
 // A claim is what is being punched at the moment: for a run of slots, the
 // blocks that nobody may begin to use before it is over. The pool's mu
 // protects it.
@@ -58,6 +60,7 @@ func (c *claim) extents(fn func(off, n int64) error) error {
 func (p *Pool) trim(l *ledger, target int64) error {
 	for p.trimStep(l, target) {
 	}
+	p.lookAgain(l)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return l.state()
@@ -143,6 +146,7 @@ func (l *ledger) settle(err error) {
 		}
 	}
 	l.claim.end()
+	l.backing.punched = time.Now()
 	if err != nil {
 		l.fail(err)
 	}
