@@ -28,15 +28,16 @@
 // so freed slots wait for a while with their backing, bounded, where another
 // request for the same blocks finds them: whole ones in one set, those with a
 // single block in sixteen others. A goroutine for each part, its keeper, gives
-// the rest back.
+// the rest back, and makes whole slots warm where whole slots are asked for.
 //
 // # Invariants
 //
 //  1. A slot is given out only while it is neither in use nor quarantined nor
 //     being punched.
-//  2. The blocks in use of a part never exceed its limit.
+//  2. No more blocks of a part are given out than its limit allows.
 //  3. A block in use is never punched.
-//  4. No lock that Alloc, Extend or Free takes is held across I/O.
+//  4. No lock that Alloc, Extend or Free takes is held across I/O. Only where
+//     nothing but slots that are being punched is left does Alloc wait.
 //  5. A fault of one part leaves the others as they are.
 //
 // The package knows nothing of origins, layers or snapshots.

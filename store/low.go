@@ -28,7 +28,7 @@ const maxSamples = 8
 // the pool but at least 64 MiB, or half of a smaller one; and again only after
 // an eighth more than that was free meanwhile. f is called from a goroutine of
 // the pool, no two calls at once; it replaces an earlier f, and nil means
-// nobody.
+// nobody. Close waits for it to return.
 func (p *Pool) OnLow(f func(LowSpace)) {
 	p.mu.Lock()
 	defer p.mu.Unlock()

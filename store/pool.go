@@ -62,11 +62,14 @@ func NewPool(parts ...Part) *Pool {
 }
 
 // Add adds a part, the least preferred so far, under the lowest number that is
-// free. After an error the part still belongs to the caller.
+// free. After an error the part still belongs to the caller. What a predecessor
+// left in it is in the way until Discard is called.
 func (p *Pool) Add(part Part) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	for no := 1; no < len(p.byNo); no++ {
 		if p.byNo[no].Load() == nil {
-			return p.AddAs(uint8(no), part)
+			return p.addLocked(uint8(no), part)
 		}
 	}
 	return errors.New("add to the snapstore: it has 255 parts already")
@@ -77,11 +80,15 @@ func (p *Pool) Add(part Part) error {
 func (p *Pool) AddAs(no uint8, part Part) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	switch {
-	case p.closed:
-		return errClosed
-	case no == 0 || p.byNo[no].Load() != nil:
+	if no == 0 || p.byNo[no].Load() != nil {
 		return fmt.Errorf("add to the snapstore: the number %d is not free", no)
+	}
+	return p.addLocked(no, part)
+}
+
+func (p *Pool) addLocked(no uint8, part Part) error {
+	if p.closed {
+		return errClosed
 	}
 	l := newLedger(no, part)
 	p.ledgers = append(p.ledgers, l)

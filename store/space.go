@@ -13,7 +13,8 @@ func (p *Pool) Space() (size, used, free int64) {
 	return (used + free) * BlockSize, used * BlockSize, free * BlockSize
 }
 
-// Freed counts how often space was freed or added. It is for Wait.
+// Freed counts how often space was freed or added, or may have been. It is for
+// Wait.
 func (p *Pool) Freed() uint64 {
 	p.mu.Lock()
 	defer p.mu.Unlock()
