@@ -243,13 +243,58 @@ func TestCloseWaits(t *testing.T) {
 func TestLastNodes(t *testing.T) {
 	m := newTestMap(t, newHeap(40*nodeSize), 1<<40)
 	leaves := 0
-	for ; !m.Lost(); leaves++ {
-		m.Mark(int64(leaves)*leafSpan, 1)
+	for m.Mark(0, 1); !m.Lost(); m.Mark(int64(leaves)*leafSpan, 1) {
+		leaves++
 	}
-	// All but header, table and two levels of indexes; a mark that lacks one
-	// node asks for a few.
-	if leaves < 40-4-minBatch/2 {
-		t.Errorf("lost after %d leaves in memory for 40 nodes", leaves)
+	// All but the header, a table and an index.
+	if leaves != 37 {
+		t.Errorf("lost after %d leaves in memory for 40 nodes, want 37", leaves)
+	}
+}
+
+// TestNodesOfReaders marks when there are no nodes left but those that a reader
+// was the last to use: they are found before the map is lost.
+func TestNodesOfReaders(t *testing.T) {
+	m := newTestMap(t, newHeap(70*nodeSize), 1<<40)
+	mark := func(from, to int64) {
+		for leaf := from; leaf < to; leaf++ {
+			m.Mark(leaf*leafSpan, 1)
+		}
+	}
+	mark(0, 20)
+	f := freeze(t, m)
+	runs, _ := f.Since(0)
+	for range runs {
+		mark(0, 20)
+		f.Release()
+		freeze(t, m).Release()
+		break
+	}
+	mark(20, 60)
+	if m.Lost() {
+		t.Error("lost with 60 leaves and an index in memory for 70 nodes")
+	}
+}
+
+// TestLoseAfterRelease releases a frozen map while a mark of it waits for
+// memory, of which there is none: the record that is free by then stays so.
+func TestLoseAfterRelease(t *testing.T) {
+	mem := newHeap(1 << 20)
+	m := newTestMap(t, mem, 1<<40)
+	m.Mark(0, 1)
+	f := freeze(t, m)
+	mem.growing = func() error { return unix.ENOSPC }
+	for off := int64(0); !m.Lost(); off += leafSpan {
+		m.Mark(off, 1)
+	}
+	mem.growing = func() error {
+		f.Release()
+		return unix.ENOSPC
+	}
+	f.Mark(leafSpan, 1, 1)
+	_, frozen, err := Open(copyHeap(mem))
+	if err != nil || len(frozen) != 0 {
+		t.Errorf("found %d frozen maps, error %v; the only one was released", len(frozen), err)
 	}
 }
 

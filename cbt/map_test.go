@@ -176,6 +176,56 @@ func TestEmptyMapIsSmall(t *testing.T) {
 	}
 }
 
+// TestRestore makes a map with a history, also with one that is too long.
+func TestRestore(t *testing.T) {
+	generation := uuid.New()
+	for _, tc := range []struct {
+		name               string
+		number, base, want uint64 // want: the new base
+	}{
+		{"no history", 7, 7, 7},
+		{"a history", 7, 3, 3},
+		{"all that a byte can count", 300, 46, 46},
+		{"one more than that", 300, 45, 46},
+		{"much more than that", 1000, 0, 746},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			m, err := Restore(newHeap(1<<20), 1<<30, block, generation, tc.number, tc.base)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { closeMap(t, m) })
+			m.MarkAt(0, 1, tc.want+1)
+			m.Mark(block, 1)
+			if m.Number() != tc.number || m.Base() != tc.want || m.Generation() != generation {
+				t.Errorf("number %d, base %d, generation %v\nwant %d, %d, %v",
+					m.Number(), m.Base(), m.Generation(), tc.number, tc.want, generation)
+			}
+			f := freeze(t, m)
+			wantChanged(t, &f.View, tc.number, changedAfter(tc.want+1 > tc.number)...)
+			wantChanged(t, &f.View, tc.want, changedAfter(true)...)
+		})
+	}
+	for name, numbers := range map[string][2]uint64{
+		"base above number":         {3, 4},
+		"number without a next one": {math.MaxUint64, 3},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if _, err := Restore(newHeap(1<<20), 1<<30, block, generation, numbers[0], numbers[1]); err == nil {
+				t.Error("no error")
+			}
+		})
+	}
+}
+
+// changedAfter is what TestRestore marked: its second block, and its first one.
+func changedAfter(both bool) [][2]int64 {
+	if both {
+		return [][2]int64{{0, 2 * block}}
+	}
+	return [][2]int64{{block, block}}
+}
+
 // TestMemoryIsUsedAgain goes through many snapshots, of which few are kept.
 func TestMemoryIsUsedAgain(t *testing.T) {
 	mem := newHeap(64 << 20)

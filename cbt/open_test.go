@@ -139,6 +139,9 @@ func TestOpenRefuses(t *testing.T) {
 		{"index linked to itself", put(root.data(), uint64(root)), ErrDamaged},
 		{"leaf in another place", put(root.data()+16, uint64(leaf)), ErrDamaged},
 		{"base of a leaf", put(leaf.node().offset()+nodeBase, 0), ErrDamaged},
+		{"base of the future", func(b []byte) {
+			nodeInfo{epoch: leaf.epoch(), base: 8, number: 9}.encode(b[leaf.node().offset():])
+		}, ErrDamaged},
 		{"leaf of the future", func(b []byte) {
 			nodeInfo{epoch: leaf.epoch(), base: 6, number: 90}.encode(b[leaf.node().offset():])
 		}, ErrDamaged},

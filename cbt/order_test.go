@@ -40,6 +40,23 @@ func TestMarkAtDuringFreeze(t *testing.T) {
 	wantChanged(t, v, 0, want...)
 }
 
+// TestMarkAtAcrossFreeze is the same for a mark that comes to its second leaf
+// after the snapshot: it goes into the live map alone.
+func TestMarkAtAcrossFreeze(t *testing.T) {
+	m := newTestMap(t, newHeap(4<<20), 8*leafSpan)
+	m.Mark(0, 1)
+	var f *Frozen
+	m.stepped = func() {
+		m.stepped = nil
+		f = freeze(t, m)
+	}
+	m.MarkAt(leafSpan-block, 2*block, 1)
+	wantChanged(t, &f.View, 0, [2]int64{0, block}, [2]int64{leafSpan - block, block})
+	v := m.View()
+	defer v.Release()
+	wantChanged(t, v, 0, [2]int64{0, block}, [2]int64{leafSpan - block, 2 * block})
+}
+
 // spoil fills all nodes that are free with a byte: zeroes look like a map in
 // which nothing changed, 0xff leads whoever follows a link out of memory.
 func spoil(m *Map, with byte) {
@@ -137,11 +154,12 @@ func TestFrozenMarkDuringSince(t *testing.T) {
 }
 
 // TestReleaseDuringFrozenMark releases a frozen map between two words of a
-// mark: the leaf that the mark is in must not be free yet.
+// mark: the leaf that the mark is in must not be free yet, and it must not make
+// another one.
 func TestReleaseDuringFrozenMark(t *testing.T) {
 	m, _ := scattered(t)
 	f := freeze(t, m)
-	f.Mark(block, 1, 1) // the leaf is its own from here on
+	f.Mark(leafSpan-block, 1, 1) // the leaf is its own from here on
 	leaf := f.t.leaf(0).node()
 	m.stepped = func() {
 		m.stepped = nil
@@ -150,7 +168,11 @@ func TestReleaseDuringFrozenMark(t *testing.T) {
 			t.Error("the leaf is free while a marker is in it")
 		}
 	}
-	f.Mark(0, 16*block, 1)
+	made := m.made
+	f.Mark(leafSpan-16*block, 32*block, 1)
+	if m.made != made {
+		t.Errorf("%d nodes were made for a frozen map that was released", m.made-made)
+	}
 	m.reap()
 	if m.counts[leaf] != 0 {
 		t.Error("the leaf is not free when the marker has left")
@@ -176,7 +198,10 @@ func TestReplacedNodeOutlivesMarkers(t *testing.T) {
 	if got := m.counts[found]; got != 1 {
 		t.Errorf("leaf is counted %d times before the next Freeze, want 1", got)
 	}
-	freeze(t, m).Release()
+	freeze(t, m)
+	if err := m.Prepare(); err != nil {
+		t.Fatal(err)
+	}
 	if got := m.counts[found]; got != 0 {
 		t.Errorf("leaf is counted %d times after the next Freeze, want 0", got)
 	}

@@ -161,8 +161,8 @@ func (t *tree) own(block int64) link {
 		if ok {
 			return l
 		}
-		// What was copied so far stays, so a few nodes are enough to go on.
-		if err := t.fill(minBatch); err != nil {
+		// What was copied so far stays, so one node is enough to go on.
+		if err := t.fill(1); err != nil {
 			t.lose()
 		}
 	}
