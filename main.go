@@ -43,6 +43,7 @@ type cli struct {
 	} `cmd:"" help:"Changed-block tracking."`
 	Store struct {
 		List storeListCmd `cmd:"" help:"List the parts of the snapstore, in order of preference."`
+		Add  storeAddCmd  `cmd:"" help:"Add a part to the snapstore, while snapshots are open."`
 	} `cmd:"" help:"The snapstore."`
 	Events  eventsCmd  `cmd:"" help:"Print what happened."`
 	Version versionCmd `cmd:"" help:"Print the version; with --control the daemon's, too."`
@@ -220,6 +221,16 @@ type storeListCmd struct{ printed }
 func (c *storeListCmd) Run(ctx context.Context, w io.Writer) error {
 	l, err := c.client().Store(ctx)
 	return show(l, err, c.to(w).Store)
+}
+
+type storeAddCmd struct {
+	remote
+	Spec  string `arg:"" placeholder:"SPEC" help:"mem[:LIMIT], file:PATH[:LIMIT] or dev:PATH."`
+	Force bool   `help:"Take a file or device although it holds something else."`
+}
+
+func (c *storeAddCmd) Run(ctx context.Context) error {
+	return c.client().AddPart(ctx, c.Spec, c.Force)
 }
 
 type eventsCmd struct {

@@ -97,10 +97,7 @@ func TestNotYet(t *testing.T) {
 		{"snapshot", "create", "--ttl", "1h"},
 		{"snapshot", "rollback", "x"},
 		{"device", "resize", "x"},
-		{"store", "add", "mem"},
 		{"state", "check"},
-		{"serve", "--allow-plaintext"},
-		{"serve", "--on-store-low", "true"},
 	} {
 		if got, _, _ := status(t, blksnap(t, args...)); got != 2 {
 			t.Errorf("blksnap %s\n got status %d\nwant 2", strings.Join(args, " "), got)

@@ -15,6 +15,7 @@
 //	GET    /snapshots/NAME                SnapshotInfo
 //	DELETE /snapshots                     name (repeated), force
 //	GET    /store                         []PartInfo
+//	POST   /store                         PartRequest
 //	GET    /events                        Event, one a line; follow
 //
 // A refused or failed request is answered with an Error. A stream that fails
@@ -95,6 +96,13 @@ type DeviceRequest struct {
 	Name   string `json:"name"`
 	Origin string `json:"origin"`
 	DeviceConfig
+}
+
+// PartRequest adds a part to the snapstore: mem[:LIMIT], file:PATH[:LIMIT] or
+// dev:PATH, the path absolute. Force takes what holds something else.
+type PartRequest struct {
+	Spec  string `json:"spec"`
+	Force bool   `json:"force"`
 }
 
 // SnapshotRequest asks for a snapshot: without a name it is called by its

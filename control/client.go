@@ -4,10 +4,14 @@ package control
 
 import (
 	"context"
+	"fmt"
 	"iter"
 	"net"
 	"net/http"
 	"net/url"
+	"path/filepath"
+
+	"blksnap/store"
 )
 
 // Client talks to the daemon behind one control socket. Each call is a request
@@ -53,6 +57,20 @@ func (c *Client) AddDevice(ctx context.Context, arg string, conf DeviceConfig) (
 		return v, err
 	}
 	return v, c.call(ctx, "POST", "/devices", DeviceRequest{name, origin, conf}, &v)
+}
+
+// AddPart adds a part to the snapstore.
+func (c *Client) AddPart(ctx context.Context, text string, force bool) error {
+	spec, err := store.ParseSpec(text)
+	if err != nil {
+		return err
+	}
+	if spec.Path != "" {
+		if spec.Path, err = filepath.Abs(spec.Path); err != nil {
+			return fmt.Errorf("find snapstore: %w", err)
+		}
+	}
+	return c.call(ctx, "POST", "/store", PartRequest{spec.String(), force}, nil)
 }
 
 // RemoveDevice ends a device's tracking. Its origin stays as it is.

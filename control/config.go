@@ -42,6 +42,8 @@ type Config struct {
 	TLSCerts       string `name:"tls-certs" placeholder:"DIR" yaml:"tls-certs" help:"Offer TLS with the certificates in DIR (ca-cert.pem, server-cert.pem, server-key.pem) to clients with one of that authority."`
 	AllowPlaintext bool   `yaml:"allow-plaintext" help:"Serve other machines without TLS, too: anybody who reaches the socket can read and write the disks."`
 
+	OnStoreLow string `placeholder:"CMD" yaml:"on-store-low" help:"Run CMD with sh when the snapstore runs low, with its figures in the environment: BLKSNAP_STORE_SIZE, _FREE, _RATE (bytes a second), _LEFT (seconds), and BLKSNAP_CONTROL."`
+
 	AllowOther bool `yaml:"allow-other" help:"Show the tree to other users too."`
 	Force      bool `yaml:"force" help:"Take a store's file or device although it holds something else."`
 
@@ -114,6 +116,7 @@ func (c Config) withFile() (Config, error) {
 	c.StoreWait = cmp.Or(c.StoreWait, f.StoreWait)
 	c.TLSCerts = cmp.Or(c.TLSCerts, f.TLSCerts)
 	c.AllowPlaintext = c.AllowPlaintext || f.AllowPlaintext
+	c.OnStoreLow = cmp.Or(c.OnStoreLow, f.OnStoreLow)
 	c.AllowOther = c.AllowOther || f.AllowOther
 	c.Force = c.Force || f.Force
 	return c, nil

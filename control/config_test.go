@@ -43,6 +43,7 @@ store:
   - file:/f:10GiB
 state: /s
 tls-certs: /t
+on-store-low: "true"
 allow-plaintext: true
 allow-other: true
 force: true
@@ -52,7 +53,7 @@ store-wait: 1m30s
 			want: Config{
 				Origin: []string{"vda=/srv/vda.img", "/dev/sdb"}, Mount: "none", Run: "/r",
 				Listen: []string{"unix:///s", "tcp://localhost"}, Control: "/c",
-				Store: []string{"mem:1GiB", "file:/f:10GiB"}, State: "/s", TLSCerts: "/t", AllowPlaintext: true, AllowOther: true, Force: true,
+				Store: []string{"mem:1GiB", "file:/f:10GiB"}, State: "/s", TLSCerts: "/t", OnStoreLow: "true", AllowPlaintext: true, AllowOther: true, Force: true,
 				DeviceConfig: DeviceConfig{TrackingBlock: 4096, StoreWait: 90 * time.Second},
 			},
 		},

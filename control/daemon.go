@@ -49,15 +49,17 @@ type Daemon struct {
 	clients   int             // NBD connections to exports of any kind
 	treeless  bool            // the tree was unmounted under clients: end with the last one
 	tree      *fusefs.Tree    // nil where there is none
-	run       string          // directory of the set file, empty where there is none
-	members   members         // as it was at the start
+	onLow     func(store.LowSpace)
+	run       string  // directory of the set file, empty where there is none
+	members   members // as it was at the start
 }
 
 // device is a device in the set.
 type device struct {
 	*cow.Device
 	request DeviceRequest
-	clients int // NBD connections to its live export; protected by Daemon.mu
+	added   bool // at run time
+	clients int  // NBD connections to its live export; protected by Daemon.mu
 }
 
 func newDaemon(version string, log *slog.Logger, cat *cow.Catalogue, pool *store.Pool, uri func(string) string) *Daemon {
@@ -97,6 +99,12 @@ func (d *Daemon) noteLow(l store.LowSpace) {
 		text += fmt.Sprintf(", full in %s at the present rate", l.Left.Round(time.Second))
 	}
 	d.record("store-low", "", "", text)
+	d.mu.Lock()
+	command := d.onLow
+	d.mu.Unlock()
+	if command != nil {
+		command(l)
+	}
 }
 
 // setTree says which tree shows the daemon.

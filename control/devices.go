@@ -17,8 +17,9 @@ import (
 )
 
 // addDevice puts an origin under tracking. Its change map goes on where it is
-// certain that nobody wrote to the origin meanwhile.
-func (d *Daemon) addDevice(q DeviceRequest) (DeviceInfo, error) {
+// certain that nobody wrote to the origin meanwhile. added says that this is at run
+// time, so that the device is back after a restart.
+func (d *Daemon) addDevice(q DeviceRequest, added bool) (DeviceInfo, error) {
 	if err := checkName("device", q.Name); err != nil {
 		return DeviceInfo{}, err
 	}
@@ -38,7 +39,7 @@ func (d *Daemon) addDevice(q DeviceRequest) (DeviceInfo, error) {
 		err = errStopping()
 	}
 	if err == nil {
-		d.devices[q.Name] = &device{Device: dev, request: q}
+		d.devices[q.Name] = &device{Device: dev, request: q, added: added}
 	}
 	d.mu.Unlock()
 	if err != nil {

@@ -43,7 +43,7 @@ func newTestDaemon(t *testing.T, devices ...string) *Daemon {
 		}
 	})
 	for _, name := range devices {
-		if _, err := d.addDevice(DeviceRequest{Name: name, Origin: makeOrigin(t, 1<<20)}); err != nil {
+		if _, err := d.addDevice(DeviceRequest{Name: name, Origin: makeOrigin(t, 1<<20)}, true); err != nil {
 			t.Fatal(err)
 		}
 	}

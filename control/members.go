@@ -1,7 +1,7 @@
 // The set file: which devices and parts of the snapstore there are, for a daemon
-// that starts after this one was killed or upgraded. It is in the run directory and
-// goes with the machine's next start; what is set up for good is on the command
-// line or in the configuration file.
+// that starts after this one was killed, stopped or upgraded. It is in the run
+// directory and goes with the machine's next start; what is set up for good is on
+// the command line or in the configuration file.
 
 package control
 
@@ -22,16 +22,26 @@ import (
 
 // members is the content of the set file.
 type members struct {
-	Boot    string          `json:"boot"`
-	Devices []DeviceRequest `json:"devices"`
-	Parts   []memberPart    `json:"parts"`
+	Boot    string         `json:"boot"`
+	Devices []memberDevice `json:"devices"`
+	Parts   []memberPart   `json:"parts"` // also those that are gone
+
+	open map[uint8]bool // numbers of the parts that are open
+}
+
+// memberDevice is a device. One that was added at run time is back after a
+// restart; another is if it is asked for again.
+type memberDevice struct {
+	DeviceRequest
+	Added bool `json:"added"`
 }
 
 // memberPart is a part of the snapstore and the number that slots name it by.
 type memberPart struct {
-	No   uint8     `json:"no"`
-	Spec string    `json:"spec"`
-	ID   uuid.UUID `json:"id"`
+	No    uint8     `json:"no"`
+	Spec  string    `json:"spec"`
+	ID    uuid.UUID `json:"id"`
+	Added bool      `json:"added"`
 }
 
 func membersPath(run string) string { return filepath.Join(run, "set.json") }
@@ -39,7 +49,8 @@ func membersPath(run string) string { return filepath.Join(run, "set.json") }
 // readMembers returns what a predecessor in this boot left in the run directory;
 // nothing where there is none, or it cannot be read.
 func readMembers(run, boot string) (members, error) {
-	b, err := os.ReadFile(membersPath(run))
+	path := membersPath(run)
+	b, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return members{}, nil
 	}
@@ -48,7 +59,7 @@ func readMembers(run, boot string) (members, error) {
 	}
 	var m members
 	if err := json.Unmarshal(b, &m); err != nil {
-		return members{}, fmt.Errorf("read %s: %w", membersPath(run), err)
+		return members{}, fmt.Errorf("read %s: %w", path, err)
 	}
 	if m.Boot != boot {
 		return members{}, nil
@@ -69,53 +80,69 @@ func (m members) write(run string) error {
 	return os.Rename(path+".new", path)
 }
 
-// join adds the devices of m that nobody asks for, which were added while the
-// predecessor ran.
-func (m members) join(asked []DeviceRequest) []DeviceRequest {
-	all := slices.Clone(asked)
+// addedDevices are the devices that were added at run time and are not asked for.
+func (m members) addedDevices(asked []DeviceRequest) []DeviceRequest {
+	var added []DeviceRequest
 	for _, q := range m.Devices {
 		taken := func(o DeviceRequest) bool { return o.Name == q.Name || o.Origin == q.Origin }
-		if !slices.ContainsFunc(asked, taken) {
-			all = append(all, q)
+		if q.Added && !slices.ContainsFunc(asked, taken) {
+			added = append(added, q.DeviceRequest)
 		}
 	}
-	return all
+	return added
 }
 
-// number is the number for a part that was just opened: the one that it had, else
-// one that no part had. Slots of a part that is gone must not be looked for in
-// another.
-func (m members) number(part store.Part) (uint8, error) {
-	t := part.Traits()
-	taken := make(map[uint8]bool)
+// addedParts are the parts that were added at run time and are not asked for.
+func (m members) addedParts(asked []store.Spec) []store.Spec {
+	var added []store.Spec
 	for _, p := range m.Parts {
-		if p.Spec == place(t.Spec) && p.ID == t.ID {
+		spec, err := store.ParseSpec(p.Spec)
+		taken := func(o store.Spec) bool { return o.Path != "" && o.Path == spec.Path }
+		if err == nil && p.Added && !slices.ContainsFunc(asked, taken) {
+			added = append(added, spec)
+		}
+	}
+	return added
+}
+
+// claim gives a part that was just opened its number: the one that it had, else
+// one that no part ever had. Slots of a part that is gone must not be looked for
+// in another.
+func (m *members) claim(part store.Part, added bool) (uint8, error) {
+	t := part.Traits()
+	now := memberPart{Spec: t.Spec.String(), ID: t.ID, Added: added}
+	if m.open == nil {
+		m.open = make(map[uint8]bool)
+	}
+	for i, p := range m.Parts {
+		if !m.open[p.No] && place(p.Spec) == place(now.Spec) && p.ID == now.ID {
+			now.No = p.No
+			m.Parts[i], m.open[p.No] = now, true
 			return p.No, nil
 		}
-		taken[p.No] = true
 	}
 	for no := uint8(1); no != 0; no++ {
-		if !taken[no] {
+		if !slices.ContainsFunc(m.Parts, func(p memberPart) bool { return p.No == no }) {
+			now.No = no
+			m.Parts, m.open[no] = append(m.Parts, now), true
 			return no, nil
 		}
 	}
-	return 0, errors.New("the snapstore has had 255 parts since the machine started")
+	return 0, errors.New("the snapstore has had 255 parts since the machine was started")
 }
 
-// place names a part without its limit, which may change.
-func place(spec store.Spec) string {
+// place is a spec without its limit, which may change.
+func place(text string) string {
+	spec, err := store.ParseSpec(text)
+	if err != nil {
+		return text
+	}
 	spec.Limit = 0
 	return spec.String()
 }
 
-// note keeps the number of a part, also when the part is gone one day.
-func (m *members) note(no uint8, part store.Part) {
-	t := part.Traits()
-	m.Parts = slices.DeleteFunc(m.Parts, func(p memberPart) bool { return p.No == no })
-	m.Parts = append(m.Parts, memberPart{no, place(t.Spec), t.ID})
-}
-
-// keepMembers writes the set file now, and whenever a device comes or goes.
+// keepMembers writes the set file into the directory run now, and whenever
+// something comes or goes.
 func (d *Daemon) keepMembers(run string, m members) {
 	d.mu.Lock()
 	d.run, d.members = run, m
@@ -124,22 +151,21 @@ func (d *Daemon) keepMembers(run string, m members) {
 }
 
 // writeMembers writes the set file. That it cannot be written costs a successor
-// the devices that were added at run time, no more.
+// what was added at run time, and what parts hold that it cannot tell apart.
 func (d *Daemon) writeMembers() {
 	d.writing.Lock()
 	defer d.writing.Unlock()
 	d.mu.Lock()
-	run, m := d.run, d.members
-	m.Boot, m.Devices = d.cat.Boot(), nil
+	run, m := d.run, members{Boot: d.cat.Boot(), Parts: slices.Clone(d.members.Parts)}
 	for _, dev := range d.devices {
-		m.Devices = append(m.Devices, dev.request)
+		m.Devices = append(m.Devices, memberDevice{dev.request, dev.added})
 	}
 	d.mu.Unlock()
 	if run == "" {
 		return
 	}
-	slices.SortFunc(m.Devices, func(a, b DeviceRequest) int { return strings.Compare(a.Name, b.Name) })
+	slices.SortFunc(m.Devices, func(a, b memberDevice) int { return strings.Compare(a.Name, b.Name) })
 	if err := m.write(run); err != nil {
-		d.log.Warn("devices added at run time will not be back after a restart", "err", err)
+		d.log.Warn("what was added at run time will not be back after a restart", "err", err)
 	}
 }

@@ -54,18 +54,20 @@ func (s *service) open(ctx context.Context, passed []net.Listener) error {
 		return err
 	}
 	s.daemon.keepMembers(s.set.run, left)
+	s.runOnLow()
 	return s.mountTree(ctx)
 }
 
 // openDevices opens the devices that were asked for, and those that were added
 // while a predecessor ran, and finds its snapshots again.
 func (s *service) openDevices(left members) error {
-	for k, q := range left.join(s.set.devices) {
-		_, err := s.daemon.addDevice(q)
-		if err != nil && k < len(s.set.devices) {
+	for _, q := range s.set.devices {
+		if _, err := s.daemon.addDevice(q, false); err != nil {
 			return err
 		}
-		if err != nil {
+	}
+	for _, q := range left.addedDevices(s.set.devices) {
+		if _, err := s.daemon.addDevice(q, true); err != nil {
 			s.log.Error("a device of the daemon before is not back", "device", q.Name, "err", err)
 		}
 	}
@@ -84,24 +86,36 @@ func (s *service) openDevices(left members) error {
 // them, and notes their numbers in left. A start that fails after that takes the
 // files away that it has made.
 func (s *service) openStores(pool *store.Pool, left *members) error {
+	added := left.addedParts(s.set.stores)
 	for _, spec := range s.set.stores {
 		_, err := os.Lstat(spec.Path)
 		made := spec.Kind == store.File && errors.Is(err, fs.ErrNotExist)
-		part, err := store.Open(spec, s.set.force)
-		if err != nil {
+		if err := openStore(pool, left, spec, s.set.force, false); err != nil {
 			return err
 		}
 		if made {
 			s.later(func() error { return s.unmake(spec.Path) })
 		}
-		no, err := left.number(part)
-		if err == nil {
-			err = pool.AddAs(no, part)
+	}
+	for _, spec := range added {
+		if err := openStore(pool, left, spec, false, true); err != nil {
+			s.log.Error("a part of the snapstore is not back", "part", spec, "err", err)
 		}
-		if err != nil {
-			return errors.Join(err, part.Close())
-		}
-		left.note(no, part)
+	}
+	return nil
+}
+
+func openStore(pool *store.Pool, left *members, spec store.Spec, force, added bool) error {
+	part, err := store.Open(spec, force)
+	if err != nil {
+		return err
+	}
+	no, err := left.claim(part, added)
+	if err == nil {
+		err = pool.AddAs(no, part)
+	}
+	if err != nil {
+		return errors.Join(err, part.Close())
 	}
 	return nil
 }

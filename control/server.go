@@ -56,7 +56,7 @@ func handler(d *Daemon) http.Handler {
 	handle("GET /version", func(*http.Request) (any, error) { return d.versionInfo(), nil })
 	handle("GET /devices", func(*http.Request) (any, error) { return d.deviceInfos(), nil })
 	handle("GET /devices/{name}", func(r *http.Request) (any, error) { return d.deviceInfo(r.PathValue("name")) })
-	handle("POST /devices", body(d.addDevice))
+	handle("POST /devices", body(func(q DeviceRequest) (DeviceInfo, error) { return d.addDevice(q, true) }))
 	handle("DELETE /devices/{name}", func(r *http.Request) (any, error) { return nil, d.removeDevice(r.PathValue("name")) })
 	handle("GET /devices/{name}/cbt", func(r *http.Request) (any, error) { return d.changesInfo(r.PathValue("name")) })
 	handle("POST /devices/{name}/cbt/mark", func(r *http.Request) (any, error) {
@@ -69,6 +69,9 @@ func handler(d *Daemon) http.Handler {
 	handle("DELETE /snapshots", func(r *http.Request) (any, error) {
 		q := r.URL.Query()
 		return nil, d.destroySnapshots(q["name"], q.Has("force"))
+	})
+	handle("POST /store", func(r *http.Request) (any, error) {
+		return body(func(q PartRequest) (any, error) { return d.addPart(r.Context(), q) })(r)
 	})
 	handle("GET /store", func(*http.Request) (any, error) { return d.partInfos(), nil })
 	mux.HandleFunc("GET /devices/{name}/cbt/extents", d.serveExtents)

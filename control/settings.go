@@ -29,6 +29,7 @@ type settings struct {
 	tls          *tls.Config // nil for none
 
 	allowPlaintext bool // also to other machines
+	onStoreLow     string
 	force          bool
 
 	private string // directory to remove at the end, "" for none
@@ -49,6 +50,7 @@ func settle(c Config, passed bool) (s settings, err error) {
 		}
 	}
 	s.allowOther, s.force, s.allowPlaintext = c.AllowOther, c.Force, c.AllowPlaintext
+	s.onStoreLow = c.OnStoreLow
 	if s.tls, err = loadTLS(c.TLSCerts); err != nil {
 		return s, err
 	}

@@ -11,6 +11,7 @@ declare -A package=(
     [e2fsck]=e2fsprogs
     [fusermount3]=fuse3
     [gcc]="gcc libc6-dev"
+    [groff]=groff-base
     [losetup]=mount
     [mkfs.btrfs]=btrfs-progs
     [mkfs.ext4]=e2fsprogs

@@ -1,0 +1,100 @@
+package control
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+
+	"blksnap/store"
+)
+
+// openPart opens a part that is closed when the test ends.
+func openPart(t *testing.T, text string) store.Part {
+	t.Helper()
+	spec, err := store.ParseSpec(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	part, err := store.Open(spec, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { part.Close() })
+	return part
+}
+
+func claim(t *testing.T, m *members, part store.Part) uint8 {
+	t.Helper()
+	no, err := m.claim(part, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return no
+}
+
+// TestPartsKeepTheirNumbers starts several daemons one after the other. A part has
+// the number that it had, and a number is never given to another part: slots that
+// tables name would be looked for in the wrong one.
+func TestPartsKeepTheirNumbers(t *testing.T) {
+	dir := t.TempDir()
+	run := t.TempDir()
+	a, b := "file:"+filepath.Join(dir, "a")+":8MiB", "file:"+filepath.Join(dir, "b")+":8MiB"
+	next := func(parts ...store.Part) []uint8 {
+		t.Helper()
+		m, err := readMembers(run, "boot")
+		if err != nil {
+			t.Fatal(err)
+		}
+		var numbers []uint8
+		for _, p := range parts {
+			numbers = append(numbers, claim(t, &m, p))
+		}
+		m.Boot = "boot"
+		if err := m.write(run); err != nil {
+			t.Fatal(err)
+		}
+		for _, p := range parts {
+			p.Close()
+		}
+		return numbers
+	}
+	check := func(what string, got []uint8, want ...uint8) {
+		t.Helper()
+		if string(got) != string(want) {
+			t.Errorf("%s: got numbers %v, want %v", what, got, want)
+		}
+	}
+	check("first start", next(openPart(t, "mem:8MiB"), openPart(t, a), openPart(t, "mem:16MiB")), 1, 2, 3)
+	check("another order", next(openPart(t, a), openPart(t, "mem:8MiB")), 2, 1)
+	check("another part", next(openPart(t, b), openPart(t, a)), 4, 2)
+	if err := os.Remove(filepath.Join(dir, "a")); err != nil {
+		t.Fatal(err)
+	}
+	check("a new file in the place of a part", next(openPart(t, a), openPart(t, b)), 5, 4)
+
+	m, err := readMembers(run, "another boot")
+	if err != nil || len(m.Parts) != 0 {
+		t.Errorf("after a reboot: got %d parts and %v, want none", len(m.Parts), err)
+	}
+}
+
+func TestAddedComesBack(t *testing.T) {
+	m := members{
+		Devices: []memberDevice{
+			{DeviceRequest{Name: "asked", Origin: "/asked"}, false},
+			{DeviceRequest{Name: "added", Origin: "/added"}, true},
+			{DeviceRequest{Name: "both", Origin: "/both"}, true},
+		},
+		Parts: []memberPart{
+			{No: 1, Spec: "file:/asked"}, {No: 2, Spec: "mem:8MiB", Added: true}, {No: 3, Spec: "file:/added:1GiB", Added: true},
+		},
+	}
+	devices := m.addedDevices([]DeviceRequest{{Name: "renamed", Origin: "/both"}})
+	if len(devices) != 1 || devices[0].Name != "added" {
+		t.Errorf("devices that come back: got %v, want added", devices)
+	}
+	parts := m.addedParts([]store.Spec{{Kind: store.Mem}})
+	if len(parts) != 2 || parts[0].Kind != store.Mem || parts[1].Path != "/added" {
+		t.Errorf("parts that come back: got %v, want mem and /added", parts)
+	}
+}
