@@ -47,9 +47,12 @@ demo: ## show a whole backup, step by step, on a disk image of its own (root)
 test: ## run every test (root)
 	@test/require.sh $(TEST_NEEDS)
 	@$(MAKE) --no-print-directory lint
-	go test -race -count=1 -v $$(go list ./... | grep -v '^blksnap/test') 2>&1 | $(SHOW_TESTS)
-	go test -race -count=1 -v -timeout 20m ./test/... 2>&1 | $(SHOW_TESTS)
-	test/demo.sh ./blksnap > /dev/null && echo "the demo passed"
+	@echo "go test -race, package by package"
+	@go test -race -count=1 -v $$(go list ./... | grep -v '^blksnap/test') 2>&1 | $(SHOW_TESTS)
+	@echo "go test -race ./test/..., the whole program"
+	@go test -race -count=1 -v -timeout 20m ./test/... 2>&1 | $(SHOW_TESTS)
+	@test/demo.sh ./blksnap > /dev/null
+	@echo "the demo passed"
 
 .PHONY: lint
 lint: build ## check format and common mistakes
@@ -76,4 +79,4 @@ uninstall: ## remove what install put there
 
 .PHONY: clean
 clean: ## remove what was built
-	rm -rf blksnap test/results test/vm/build
+	rm -rf blksnap test/vm/build

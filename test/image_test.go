@@ -206,7 +206,7 @@ func TestDestroyRightAfterReading(t *testing.T) {
 		})
 	}
 
-	for n := range 200 {
+	for n := range 100 {
 		mkdir(t, d.snapshot("s1"))
 		if _, err := os.ReadFile(d.snapshot("s1", "vda.img")); err != nil {
 			t.Fatal(err)

@@ -228,7 +228,7 @@ func TestCheckInstant(t *testing.T) {
 // it; snapshots are destroyed in any order.
 func TestImagesEqualTheModel(t *testing.T) {
 	needRoot(t)
-	const size, connections, rounds, batch, atMost = 8 * miB, 4, 30, 120, 5
+	const size, connections, rounds, batch, atMost = 4 * miB, 4, 25, 100, 5
 	rng := rand.New(rand.NewPCG(uint64(*seed), 1))
 	t.Logf("repeat with -seed=%d", *seed)
 	d, _ := serveOrigin(t, size)
