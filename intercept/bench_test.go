@@ -168,7 +168,7 @@ func TestNoAllocation(t *testing.T) {
 	if raceEnabled {
 		t.Skip("the race detector makes sync.Pool forget")
 	}
-	const rounds = 1000
+	const rounds = 400
 	dev := newMemory(8 << 20)
 	for i := range dev.data {
 		dev.data[i] = 1

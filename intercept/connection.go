@@ -81,7 +81,7 @@ func (c *connection) transmit(h *handshake) {
 	if !c.register(h, l) {
 		return
 	}
-	log := s.opts.Log.With("device", e.Name, "client", h.client)
+	log := s.opts.Log.With("export", e.Name, "client", h.client)
 	log.Info("connected", "tls", h.tls, "style", h.style.String())
 
 	var watcher sync.WaitGroup

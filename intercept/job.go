@@ -2,10 +2,7 @@
 
 package intercept
 
-import (
-	"sync"
-	"sync/atomic"
-)
+import "sync"
 
 // job is a request, or a piece of it, on its way through the Device.
 type job struct {
@@ -14,23 +11,6 @@ type job struct {
 	off, n int64   // bytes: this piece's
 	buf    *buffer // payload, or room for the data; may be nil
 	whole  *whole  // the request that it is a piece of; nil: all of it
-}
-
-// whole is a request that was split into pieces.
-type whole struct {
-	left atomic.Int32 // pieces not ended, and one while the reader makes more
-
-	mu  sync.Mutex // protects err and off, the first error and where it was
-	err error
-	off int64
-}
-
-func (w *whole) fail(err error, off int64) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.err == nil {
-		w.err, w.off = err, off
-	}
 }
 
 var jobs = sync.Pool{New: func() any { return new(job) }}
@@ -127,16 +107,6 @@ func (j *job) fillReply(done uint16) bool {
 		return false
 	}
 	return true
-}
-
-// endPiece says that a piece of q, or the making of pieces, has ended. The last
-// to end answers: after all the data, so that the answer is the reply's end.
-func (s *session) endPiece(q *request, w *whole, who caller) {
-	if w.left.Add(-1) > 0 {
-		return
-	}
-	s.lease.leave()
-	s.reply(q, w.err, w.off, who)
 }
 
 // reply sends the answer to q.

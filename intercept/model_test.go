@@ -28,6 +28,10 @@ func random(t testing.TB) *rand.Rand {
 // without Try methods, with a comfortable budget and with the floors alone.
 func TestModel(t *testing.T) {
 	const part = 3 << 20
+	rounds := 8
+	if raceEnabled {
+		rounds = 4
+	}
 	for _, budget := range []int64{128 << 20, 1} {
 		for _, try := range []bool{false, true} {
 			for _, st := range styles {
@@ -44,7 +48,7 @@ func TestModel(t *testing.T) {
 							c: connect(t, addr, st, "disk"), base: i * part, data: make([]byte, part),
 							rng: rand.New(rand.NewPCG(rng.Uint64(), 1)),
 						}
-						wg.Go(func() { m.run(t, 10) })
+						wg.Go(func() { m.run(t, rounds) })
 					}
 					wg.Wait()
 				})

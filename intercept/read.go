@@ -2,13 +2,8 @@
 
 package intercept
 
-const (
-	// pieceSize is what one piece of a large request has at most, in bytes.
-	pieceSize = 1 << 20
-
-	// smallSize is the longest read that is served right into the batch.
-	smallSize = 64 << 10
-)
+// smallSize is the longest read that is served right into the batch, in bytes.
+const smallSize = 64 << 10
 
 // read serves a read of 1 to maxPayload bytes that has entered the lease.
 func (s *session) read(q *request) {
@@ -20,25 +15,7 @@ func (s *session) read(q *request) {
 		s.readUnsplit(q)
 		return
 	}
-	got := s.account.take(min(n, pieceSize))
-	if got >= n {
-		s.startRead(newJob(s, q), got)
-		return
-	}
-	w := &whole{off: -1}
-	w.left.Store(1)
-	for off, end := int64(q.off), int64(q.off)+n; off < end; {
-		if got == 0 {
-			got = s.account.take(min(end-off, pieceSize))
-		}
-		j := newJob(s, q)
-		j.off, j.n, j.whole = off, min(end-off, got), w
-		w.left.Add(1)
-		off += j.n
-		s.startRead(j, got)
-		got = 0
-	}
-	s.endPiece(q, w, reader)
+	s.split(q, (*session).startRead) // fails never
 }
 
 // readSmall reads into the batch what can be read at once; it returns false,
@@ -85,15 +62,17 @@ func (s *session) readUnsplit(q *request) {
 }
 
 // startRead begins a read with a buffer of size bytes, which have been taken.
-func (s *session) startRead(j *job, size int64) {
+// It returns nil; start functions may fail.
+func (s *session) startRead(j *job, size int64) error {
 	j.buf = newBuffer(s.account, size)
 	if s.try != nil && j.n <= pieceSize && j.n <= size {
 		if err := s.try.TryRead(j.buf.data(j.n), j.off); !isWouldBlock(err) {
 			j.end(err, reader)
-			return
+			return nil
 		}
 	}
 	s.dispatch(j)
+	return nil
 }
 
 // stream answers a read that is longer than its buffer, with a simple reply.
@@ -110,16 +89,15 @@ func (j *job) stream() {
 	s.sender.exclusive()
 	head := headroom - s.style.headSize()
 	appendDataHead(j.buf.mem[head:head], s.style, &j.q, 0, j.off, j.n)
-	err = s.sender.writeNow(j.buf.mem[head:])
-	for done := size; done < j.n && err == nil; done += size {
+	ok := s.sender.writeNow(j.buf.mem[head:])
+	for done := size; done < j.n && ok; done += size {
 		p := j.buf.data(min(size, j.n-done))
-		if err = s.dev.Read(p, j.off+done); err == nil {
-			err = s.sender.writeNow(p)
+		if err := s.dev.Read(p, j.off+done); err != nil {
+			s.log.Warn("disconnect: read failed after the reply began", "off", j.off+done, "n", len(p), "err", err)
+			s.conn.Close()
+			break
 		}
-	}
-	if err != nil {
-		s.log.Warn("disconnect: read failed after the reply began", "off", j.off, "n", j.n, "err", err)
-		s.conn.Close()
+		ok = s.sender.writeNow(p)
 	}
 	s.lease.leave()
 	j.buf.free()

@@ -128,17 +128,19 @@ func (w *sender) exclusive() {
 	w.mu.Unlock()
 }
 
-// writeNow writes p; the caller has called exclusive.
-func (w *sender) writeNow(p []byte) error {
+// writeNow writes p and says whether it could; the caller has called exclusive.
+func (w *sender) writeNow(p []byte) bool {
 	w.mu.Lock()
 	err := w.err
 	w.mu.Unlock()
 	if err != nil {
-		return err
+		return false
 	}
 	w.limit()
-	_, err = w.conn.Write(p)
-	return err
+	if _, err = w.conn.Write(p); err != nil {
+		w.conn.Close() // the next write fails at once
+	}
+	return err == nil
 }
 
 // limit sets the time that the next write may take.

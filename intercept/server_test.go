@@ -392,7 +392,7 @@ func TestLog(t *testing.T) {
 		t.Fatal(err)
 	}
 	for want, n := range map[string]int{
-		"msg=connected device=disk client=\"pid ": 1, "msg=disconnected": 1, "msg=request": 7, "n=4096": 3, "n=204800": 3,
+		"msg=connected export=disk client=\"pid ": 1, "msg=disconnected": 1, "msg=request": 7, "n=4096": 3, "n=204800": 3,
 		"err=\"beyond the end of the export\"": 1,
 	} {
 		if got := strings.Count(out.String(), want); got != n {

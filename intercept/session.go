@@ -3,31 +3,15 @@
 package intercept
 
 import (
-	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
-	"os"
 	"time"
 )
 
-const (
-	inputSize = 64 << 10  // bytes of requests read at once
-	batchSize = 128 << 10 // bytes of replies written at once
-
-	// maxDiscard is how long a payload may be that is too long and still
-	// skipped; a longer one ends the connection.
-	maxDiscard = 2 * maxPayload
-
-	// lastLook is how long a stopping server waits for requests that are
-	// already on their way.
-	lastLook = 20 * time.Millisecond
-
-	// lastWords is how long a client that has ended its requests may take to
-	// read the replies.
-	lastWords = 30 * time.Second
-)
+// lastWords is how long a client that has ended its requests may take to read
+// the replies.
+const lastWords = 30 * time.Second
 
 // session is a connection in the transmission phase. Its methods are the
 // reader's, unless they say that workers call them too.
@@ -96,12 +80,6 @@ func (s *session) run() error {
 	s.lease.close()
 	return err
 }
-
-// errIdle ends a connection that sent nothing for Options.IdleTimeout.
-var errIdle = errors.New("idle for too long")
-
-// errStopped ends a connection when the server stops.
-var errStopped = errors.New("server stopped")
 
 func (s *session) loop() error {
 	for {
@@ -173,124 +151,5 @@ func (s *session) dispatch(j *job) {
 	if !s.pool.do(j) {
 		s.flush() // the replies so far must not wait with us
 		s.pool.doWait(j)
-	}
-}
-
-// answer puts the answer to q into the batch.
-func (s *session) answer(q *request, err error, off int64) {
-	s.room(maxAnswer)
-	s.pending = appendAnswer(s.pending, s.style, q, err, off)
-	if s.trace {
-		s.logRequest(q, err)
-	}
-}
-
-// logRequest may be called by workers.
-func (s *session) logRequest(q *request, err error) {
-	s.log.Debug("request", "type", q.typ, "flags", q.flags, "off", q.off, "n", q.n, "err", err)
-}
-
-// room makes sure that n bytes can be added to the batch.
-func (s *session) room(n int64) {
-	if int64(cap(s.pending)-len(s.pending)) >= n {
-		return
-	}
-	s.flush()
-	if s.batch == nil {
-		s.batch = <-s.batches
-		if s.batch.mem == nil {
-			s.batch.mem = make([]byte, batchSize)
-		}
-		s.pending = s.batch.mem[:0]
-	}
-}
-
-// flush sends the batch, if there is anything in it.
-func (s *session) flush() {
-	if len(s.pending) == 0 {
-		return
-	}
-	s.batch.parts = append(s.batch.parts, s.pending)
-	b := s.batch
-	s.batch, s.pending = nil, nil
-	s.sender.send(b)
-}
-
-// fill reads until input holds n bytes, at most inputSize.
-func (s *session) fill(n int) error {
-	s.w = copy(s.input, s.input[s.r:s.w])
-	s.r = 0
-	for s.w-s.r < n {
-		m, err := s.receive(s.input[s.w:])
-		s.w += m
-		if err != nil {
-			if err == io.EOF && s.w > s.r {
-				err = io.ErrUnexpectedEOF
-			}
-			return err
-		}
-	}
-	return nil
-}
-
-// readFull fills p with what comes next.
-func (s *session) readFull(p []byte) error {
-	n := copy(p, s.input[s.r:s.w])
-	s.r += n
-	for n < len(p) {
-		m, err := s.receive(p[n:])
-		n += m
-		if err == io.EOF {
-			return io.ErrUnexpectedEOF
-		}
-		if err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// discard skips n bytes of payload.
-func (s *session) discard(n uint64) error {
-	if n > maxDiscard || s.style == extended && n > maxPayload {
-		return fmt.Errorf("payload of %d bytes", n)
-	}
-	for n > 0 {
-		if s.r == s.w {
-			if err := s.fill(1); err != nil {
-				return err
-			}
-		}
-		m := min(n, uint64(s.w-s.r))
-		s.r += int(m)
-		n -= m
-	}
-	return nil
-}
-
-// receive reads some bytes from the socket, at least one if it returns nil.
-func (s *session) receive(p []byte) (int, error) {
-	s.flush()
-	for {
-		if idle := s.server.opts.IdleTimeout; idle > 0 {
-			s.conn.SetReadDeadline(time.Now().Add(idle))
-		}
-		// Look after setting the deadline: Shutdown sets one after it has set
-		// stopping, so one of us ends this read.
-		stopping := s.server.stopping.Load()
-		if stopping {
-			s.conn.SetReadDeadline(time.Now().Add(lastLook))
-		}
-		n, err := s.conn.Read(p)
-		switch {
-		case n > 0:
-			return n, nil
-		case !errors.Is(err, os.ErrDeadlineExceeded):
-			return 0, err
-		case stopping && s.lease.idle():
-			return 0, errStopped
-		case !stopping && !s.server.stopping.Load() && s.lease.idle():
-			return 0, errIdle
-		}
 	}
 }

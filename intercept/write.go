@@ -17,27 +17,7 @@ func (s *session) write(q *request) error {
 			return err
 		}
 	}
-	got := s.account.take(min(n, pieceSize))
-	if got >= n {
-		return s.startWrite(newJob(s, q), got)
-	}
-	w := &whole{}
-	w.left.Store(1)
-	defer s.endPiece(q, w, reader)
-	for off, end := int64(q.off), int64(q.off)+n; off < end; {
-		if got == 0 {
-			got = s.account.take(min(end-off, pieceSize))
-		}
-		j := newJob(s, q)
-		j.off, j.n, j.whole = off, min(end-off, got), w
-		w.left.Add(1)
-		off += j.n
-		if err := s.startWrite(j, got); err != nil {
-			return err
-		}
-		got = 0
-	}
-	return nil
+	return s.split(q, (*session).startWrite)
 }
 
 // writeSmall writes a payload from the input if that can be done at once. It
