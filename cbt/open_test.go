@@ -109,6 +109,10 @@ func TestOpenRefuses(t *testing.T) {
 	put := func(off int64, v uint64) func(b []byte) {
 		return func(b []byte) { binary.NativeEndian.PutUint64(b[off:], v) }
 	}
+	head := func(l link, i nodeInfo) func(b []byte) {
+		i.level, i.epoch = l.level(), l.epoch()
+		return func(b []byte) { i.encode(b[l.node().offset():]) }
+	}
 	for _, tc := range []struct {
 		name   string
 		damage func(b []byte)
@@ -139,12 +143,9 @@ func TestOpenRefuses(t *testing.T) {
 		{"index linked to itself", put(root.data(), uint64(root)), ErrDamaged},
 		{"leaf in another place", put(root.data()+16, uint64(leaf)), ErrDamaged},
 		{"base of a leaf", put(leaf.node().offset()+nodeBase, 0), ErrDamaged},
-		{"base of the future", func(b []byte) {
-			nodeInfo{epoch: leaf.epoch(), base: 8, number: 9}.encode(b[leaf.node().offset():])
-		}, ErrDamaged},
-		{"leaf of the future", func(b []byte) {
-			nodeInfo{epoch: leaf.epoch(), base: 6, number: 90}.encode(b[leaf.node().offset():])
-		}, ErrDamaged},
+		{"base of the future", head(leaf, nodeInfo{base: 7, number: 8}), ErrDamaged},
+		{"leaf of the future", head(leaf, nodeInfo{base: 6, number: 9}), ErrDamaged},
+		{"leaf without a number", head(leaf, nodeInfo{base: 6, number: 6}), ErrDamaged},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			c := copyHeap(mem)
@@ -163,6 +164,23 @@ func TestOpenRefuses(t *testing.T) {
 		if _, _, err := Open(short); err == nil && short.n < leaf.node().offset() {
 			t.Errorf("opened %d bytes", short.n)
 		}
+	}
+}
+
+// TestOpenRefusesLongBytes opens a map in which a leaf stands for numbers that
+// a byte cannot count.
+func TestOpenRefusesLongBytes(t *testing.T) {
+	mem := newHeap(1 << 20)
+	m, err := New(mem, leafSpan, block, uuid.New(), 1000)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.Close()
+	m.Mark(0, 1)
+	leaf := m.live.Load().leaf(0)
+	nodeInfo{epoch: leaf.epoch(), base: 700, number: 1001}.encode(m.header(leaf.node()))
+	if _, _, err := Open(mem); !errors.Is(err, ErrDamaged) {
+		t.Errorf("Open: %v, want %v", err, ErrDamaged)
 	}
 }
 

@@ -43,18 +43,20 @@ func TestMarkAtDuringFreeze(t *testing.T) {
 // TestMarkAtAcrossFreeze is the same for a mark that comes to its second leaf
 // after the snapshot: it goes into the live map alone.
 func TestMarkAtAcrossFreeze(t *testing.T) {
-	m := newTestMap(t, newHeap(4<<20), 8*leafSpan)
+	m := newTestMap(t, newHeap(4<<20), 3*leafSpan)
 	m.Mark(0, 1)
+	m.Mark(2*leafSpan, 1)
 	var f *Frozen
 	m.stepped = func() {
 		m.stepped = nil
 		f = freeze(t, m)
 	}
 	m.MarkAt(leafSpan-block, 2*block, 1)
-	wantChanged(t, &f.View, 0, [2]int64{0, block}, [2]int64{leafSpan - block, block})
+	first, last := [2]int64{0, block}, [2]int64{2 * leafSpan, block}
+	wantChanged(t, &f.View, 0, first, [2]int64{leafSpan - block, block}, last)
 	v := m.View()
 	defer v.Release()
-	wantChanged(t, v, 0, [2]int64{0, block}, [2]int64{leafSpan - block, 2 * block})
+	wantChanged(t, v, 0, first, [2]int64{leafSpan - block, 2 * block}, last)
 }
 
 // spoil fills all nodes that are free with a byte: zeroes look like a map in
