@@ -13,15 +13,16 @@ import (
 // below fails on any other import, so this table is the architecture
 // (docs/design.md, section 2).
 var layers = map[string][]string{
-	"blksnap":            {"blksnap/control"},
-	"blksnap/control":    {"blksnap/cbt", "blksnap/cow", "blksnap/fusefs", "blksnap/intercept", "blksnap/store"},
-	"blksnap/fusefs":     nil,
-	"blksnap/intercept":  nil,
-	"blksnap/cow":        {"blksnap/cbt", "blksnap/store"},
-	"blksnap/cbt":        nil,
-	"blksnap/store":      nil,
-	"blksnap/test":       nil,
-	"blksnap/test/bench": nil,
+	"blksnap":              {"blksnap/control"},
+	"blksnap/control":      {"blksnap/cbt", "blksnap/cow", "blksnap/fusefs", "blksnap/intercept", "blksnap/store"},
+	"blksnap/fusefs":       {"blksnap/fusefs/qcow2"},
+	"blksnap/fusefs/qcow2": nil,
+	"blksnap/intercept":    nil,
+	"blksnap/cow":          {"blksnap/cbt", "blksnap/store"},
+	"blksnap/cbt":          nil,
+	"blksnap/store":        nil,
+	"blksnap/test":         nil,
+	"blksnap/test/bench":   nil,
 }
 
 // sharedByTests may be imported by the tests of every package.

@@ -248,4 +248,11 @@ func TestOriginFails(t *testing.T) {
 	if err := Verify(image, "vda", 0, 1, 1); err != nil {
 		t.Error(err)
 	}
+	f.Close()
+
+	// What it could not bring to an end it says when it stops.
+	d.signal(syscall.SIGTERM)
+	if got := d.cmd.ProcessState.ExitCode(); got != 1 || !strings.Contains(d.stderr.String(), "blksnap: close vdb") {
+		t.Errorf("after SIGTERM the daemon ended with %v, want status 1 and a line about vdb", d.cmd.ProcessState)
+	}
 }
