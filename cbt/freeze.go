@@ -4,6 +4,7 @@
 package cbt
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 
@@ -28,7 +29,7 @@ func (m *Map) Prepare() error {
 	}
 	// Reset needs a record when there is no memory at all, so one stays.
 	if len(m.records) < 2 && !m.addTableLocked() {
-		return fmt.Errorf("prepare to freeze a changed-block map: %w", errors.Join(errUnprepared, err))
+		return fmt.Errorf("prepare to freeze a changed-block map: %w", cmp.Or(err, errUnprepared))
 	}
 	return nil
 }

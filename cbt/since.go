@@ -48,8 +48,8 @@ type cut struct {
 	yield    func(off, n int64) bool
 }
 
-// emit yields the tracking blocks [from, to). The last block ends beyond end
-// where its bytes would overflow, too.
+// emit yields the tracking blocks [from, to). Where the last one reaches end it
+// is not shifted: on a device of almost 2^63 bytes that would overflow.
 func (c cut) emit(from, to int64) bool {
 	off, end := max(from<<c.shift, c.off), c.end
 	if to <= (c.end-1)>>c.shift {

@@ -11,8 +11,8 @@ import (
 )
 
 // View is the live map as of when View was called, or later: marks that are
-// made up to the next Freeze may get into it, and nothing that comes after. Its
-// methods may be called from many goroutines at once, and never wait for a
+// made up to the next Freeze or Reset get into it, and nothing that comes after.
+// Its methods may be called from many goroutines at once, and never wait for a
 // marker.
 type View struct {
 	m        *Map
