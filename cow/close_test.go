@@ -19,6 +19,9 @@ type home struct {
 	dir  string
 	size int64
 
+	state  string      // directory of what outlives the machine, empty where nothing does
+	notify func(Event) // may be nil
+
 	cat  *Catalogue
 	part *part
 	pool *store.Pool
@@ -40,7 +43,7 @@ func newHome(t *testing.T, size int64) *home {
 // open returns the snapshots that were found.
 func (h *home) open() map[string]*Snapshot {
 	h.t.Helper()
-	h.cat = newCatalogue(h.t, filepath.Join(h.dir, "run"), "")
+	h.cat = newCatalogue(h.t, filepath.Join(h.dir, "run"), h.state)
 	f, err := store.OpenFile(filepath.Join(h.dir, "store"), 16<<20, false)
 	if err != nil {
 		h.t.Fatal(err)
@@ -51,11 +54,15 @@ func (h *home) open() map[string]*Snapshot {
 	if err != nil {
 		h.t.Fatal(err)
 	}
-	if h.dev, err = h.cat.Open(o, h.pool, Config{Name: "vda"}); err != nil {
+	if h.dev, err = h.cat.Open(o, h.pool, Config{Name: "vda", Notify: h.notify}); err != nil {
 		h.t.Fatal(err)
 	}
 	snaps := make(map[string]*Snapshot)
-	for _, s := range h.cat.Recover() {
+	found, _, err := h.cat.Recover()
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	for _, s := range found {
 		snaps[s.Name()] = s
 	}
 	if err := h.pool.Discard(); err != nil {
@@ -170,4 +177,41 @@ func TestDestroyWhenClosed(t *testing.T) {
 			t.Errorf("close again: %v", err)
 		}
 	})
+}
+
+// TestCloseWhileTheGenerationEnds closes a device while a new generation is due,
+// and a snapshot is still being taken: both want the same lock.
+func TestCloseWhileTheGenerationEnds(t *testing.T) {
+	h := newHome(t, 1<<20)
+	h.state = t.TempDir()
+	h.open()
+	d := h.dev
+	d.taking.Lock()
+	closed := begin(d.Close)
+	select {
+	case <-d.stop:
+	case <-time.After(10 * time.Second):
+		t.Error("Close does not begin before it has the lock that a new generation needs")
+	}
+	why := errors.New("a reason")
+	d.reason.Store(&why)
+	renewed := begin(func() error { d.renew(); return nil })
+	d.taking.Unlock()
+	for what, done := range map[string]<-chan error{"Close": closed, "renew": renewed} {
+		select {
+		case err := <-done:
+			if err != nil {
+				t.Errorf("%s: %v", what, err)
+			}
+		case <-time.After(10 * time.Second):
+			t.Fatalf("%s hangs", what)
+		}
+	}
+	if err := d.Reset("too late"); !errors.Is(err, ErrStopping) {
+		t.Errorf("Reset of a closed device: %v, want ErrStopping", err)
+	}
+	if _, ok := d.writers.tryEnter(); ok {
+		t.Error("the gate of a closed device is open")
+	}
+	h.close()
 }

@@ -306,8 +306,6 @@ func (d *Device) wipe() error {
 // back. What was not flushed is left to the host's page cache, and all state where
 // it is, for the next Open.
 func (d *Device) Close() error {
-	d.taking.Lock()
-	defer d.taking.Unlock()
 	d.mu.Lock()
 	if d.closed {
 		d.mu.Unlock()
@@ -318,8 +316,10 @@ func (d *Device) Close() error {
 	close(d.stop)
 	// Images end when nobody is left to act on it: the reclaimer would take them
 	// for destroyed, and a writer would preserve nothing for them, though the next
-	// Open opens them again.
+	// Open opens them again. Those who run may want taking before they see stop.
 	d.running.Wait()
+	d.taking.Lock()
+	defer d.taking.Unlock()
 	d.writers.shut() // for ever
 	d.writers.turn(nil)
 	d.mu.Lock()

@@ -190,7 +190,8 @@ func (d *Device) checkpointInfo(clean bool) (checkpointInfo, error) {
 }
 
 // checkpoint writes the map down and drops idle regions from the record. Where the
-// map cannot be written, the record goes on growing and nothing is lost.
+// map cannot be written, the record goes on growing and nothing is lost. Where the
+// record cannot, the generation ends.
 func (d *Device) checkpoint() error {
 	u := d.durable.Load()
 	if u == nil {
@@ -213,7 +214,13 @@ func (d *Device) checkpoint() error {
 	if err := writeCheckpoint(u.checkpointPath(), info, view); err != nil {
 		return err
 	}
-	return u.regions.drop(info.generation, func() bool { return d.writers.turn(d.stop) })
+	err = u.regions.drop(info.generation, func() bool { return d.writers.turn(d.stop) })
+	if err != nil && !errors.Is(err, ErrStopping) {
+		// Nobody knows which set of regions counts on the disk.
+		err = fmt.Errorf("drop regions from the record: %w", err)
+		d.endDurable(u, err)
+	}
+	return err
 }
 
 // closeDurable leaves the state of a clean end: nothing is written any more.
