@@ -48,7 +48,7 @@ func (d *Daemon) addDevice(q DeviceRequest, added bool) (DeviceInfo, error) {
 		}
 		return DeviceInfo{}, fmt.Errorf("add device %s: %w", q.Name, err)
 	}
-	d.writeMembers()
+	d.noteMembers()
 	d.record("device-added", q.Name, "", q.Origin)
 	return d.deviceInfo(q.Name)
 }
@@ -139,7 +139,7 @@ func (d *Daemon) removeDevice(name string) error {
 		return err
 	}
 	d.noteTree(func(t *fusefs.Tree) { t.DeviceRemoved(name) })
-	d.writeMembers()
+	d.noteMembers()
 	if err := dev.Remove(); err != nil {
 		return err
 	}

@@ -27,6 +27,7 @@ type members struct {
 	Parts   []memberPart   `json:"parts"` // also those that are gone
 
 	open map[uint8]bool // numbers of the parts that are open
+	news bool           // a part has got a number since this was read
 }
 
 // memberDevice is a device. One that was added at run time is back after a
@@ -46,14 +47,11 @@ type memberPart struct {
 
 func membersPath(run string) string { return filepath.Join(run, "set.json") }
 
-// readMembers returns what a predecessor in this boot left in the run directory;
-// nothing where there is none, or it cannot be read.
+// readMembers returns what a predecessor in this boot left in the run directory.
+// The error matches fs.ErrNotExist where it left nothing.
 func readMembers(run, boot string) (members, error) {
 	path := membersPath(run)
 	b, err := os.ReadFile(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return members{}, nil
-	}
 	if err != nil {
 		return members{}, err
 	}
@@ -62,7 +60,14 @@ func readMembers(run, boot string) (members, error) {
 		return members{}, fmt.Errorf("read %s: %w", path, err)
 	}
 	if m.Boot != boot {
-		return members{}, nil
+		return members{}, fmt.Errorf("read %s: it is of another boot: %w", path, fs.ErrNotExist)
+	}
+	numbers := make(map[uint8]bool)
+	for _, p := range m.Parts {
+		if p.No == 0 || numbers[p.No] {
+			return members{}, fmt.Errorf("read %s: a part has the number %d", path, p.No)
+		}
+		numbers[p.No] = true
 	}
 	return m, nil
 }
@@ -124,7 +129,7 @@ func (m *members) claim(part store.Part, added bool) (uint8, error) {
 	for no := uint8(1); no != 0; no++ {
 		if !slices.ContainsFunc(m.Parts, func(p memberPart) bool { return p.No == no }) {
 			now.No = no
-			m.Parts, m.open[no] = append(m.Parts, now), true
+			m.Parts, m.open[no], m.news = append(m.Parts, now), true, true
 			return no, nil
 		}
 	}
@@ -147,12 +152,19 @@ func (d *Daemon) keepMembers(run string, m members) {
 	d.mu.Lock()
 	d.run, d.members = run, m
 	d.mu.Unlock()
-	d.writeMembers()
+	d.noteMembers()
 }
 
-// writeMembers writes the set file. That it cannot be written costs a successor
-// what was added at run time, and what parts hold that it cannot tell apart.
-func (d *Daemon) writeMembers() {
+// noteMembers is writeMembers where devices came or went: that it cannot be written
+// costs a successor what was added at run time.
+func (d *Daemon) noteMembers() {
+	if err := d.writeMembers(); err != nil {
+		d.log.Warn("what was added at run time will not be back after a restart", "err", err)
+	}
+}
+
+// writeMembers writes the set file.
+func (d *Daemon) writeMembers() error {
 	d.writing.Lock()
 	defer d.writing.Unlock()
 	d.mu.Lock()
@@ -162,10 +174,8 @@ func (d *Daemon) writeMembers() {
 	}
 	d.mu.Unlock()
 	if run == "" {
-		return
+		return nil
 	}
 	slices.SortFunc(m.Devices, func(a, b memberDevice) int { return strings.Compare(a.Name, b.Name) })
-	if err := m.write(run); err != nil {
-		d.log.Warn("what was added at run time will not be back after a restart", "err", err)
-	}
+	return m.write(run)
 }

@@ -1,6 +1,8 @@
 package control
 
 import (
+	"errors"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"testing"
@@ -42,7 +44,7 @@ func TestPartsKeepTheirNumbers(t *testing.T) {
 	next := func(parts ...store.Part) []uint8 {
 		t.Helper()
 		m, err := readMembers(run, "boot")
-		if err != nil {
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			t.Fatal(err)
 		}
 		var numbers []uint8
@@ -71,10 +73,22 @@ func TestPartsKeepTheirNumbers(t *testing.T) {
 		t.Fatal(err)
 	}
 	check("a new file in the place of a part", next(openPart(t, a), openPart(t, b)), 5, 4)
+}
 
-	m, err := readMembers(run, "another boot")
-	if err != nil || len(m.Parts) != 0 {
-		t.Errorf("after a reboot: got %d parts and %v, want none", len(m.Parts), err)
+// TestReadMembers reads set files that are not to be trusted.
+func TestReadMembers(t *testing.T) {
+	for _, tc := range []struct{ name, text, want string }{
+		{"cut short", `{"boot": "this", "par`, "unexpected end of JSON input"},
+		{"another boot", `{"boot": "that"}`, "it is of another boot: file does not exist"},
+		{"number twice", `{"boot": "this", "parts": [{"no": 1}, {"no": 1}]}`, "a part has the number 1"},
+		{"number zero", `{"boot": "this", "parts": [{"no": 0}]}`, "a part has the number 0"},
+	} {
+		dir := t.TempDir()
+		if err := os.WriteFile(membersPath(dir), []byte(tc.text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		_, err := readMembers(dir, "this")
+		wantError(t, tc.name, err, "read "+membersPath(dir)+": "+tc.want)
 	}
 }
 

@@ -5,6 +5,7 @@ package control
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"net"
 	"os"
@@ -34,9 +35,9 @@ func (s *service) open(ctx context.Context, passed []net.Listener) error {
 	if why != nil {
 		s.log.Error("snapshots of the daemon before are lost", "err", why)
 	}
-	left, err := readMembers(s.set.run, cat.Boot())
+	left, err := s.membersLeft(cat)
 	if err != nil {
-		s.log.Error("devices that were added while the daemon before ran are not back", "err", err)
+		return err
 	}
 	pool := store.NewPool()
 	s.later(func() error { return within(closeLimit, "close the snapstore", pool.Close) })
@@ -58,6 +59,23 @@ func (s *service) open(ctx context.Context, passed []net.Listener) error {
 	return s.mountTree(ctx)
 }
 
+// membersLeft is what the set file says. Without it nobody knows which part a
+// slot's number means: then the snapshots of the daemon before are given up.
+func (s *service) membersLeft(cat *cow.Catalogue) (members, error) {
+	left, why := readMembers(s.set.run, cat.Boot())
+	if why == nil {
+		return left, nil
+	}
+	lost, err := cat.Forget()
+	if err != nil {
+		return members{}, err
+	}
+	if lost > 0 || !errors.Is(why, fs.ErrNotExist) {
+		s.log.Error("snapshots of the daemon before, and what was added while it ran, are lost", "snapshots", lost, "err", why)
+	}
+	return members{Boot: cat.Boot()}, nil
+}
+
 // openDevices opens the devices that were asked for, and those that were added
 // while a predecessor ran, and finds its snapshots again.
 func (s *service) openDevices(left members) error {
@@ -71,7 +89,9 @@ func (s *service) openDevices(left members) error {
 			s.log.Error("a device of the daemon before is not back", "device", q.Name, "err", err)
 		}
 	}
-	s.daemon.recoverSnapshots()
+	if err := s.daemon.recoverSnapshots(); err != nil {
+		return err
+	}
 	// What nobody names any more goes back to the file system; meanwhile other
 	// slots are given out.
 	discarded := make(chan error, 1)
@@ -83,8 +103,8 @@ func (s *service) openDevices(left members) error {
 }
 
 // openStores opens the parts of the snapstore, with what a predecessor kept in
-// them, and notes their numbers in left. A start that fails after that takes the
-// files away that it has made.
+// them, and notes their numbers in left and in the set file. A start that fails
+// after that takes the files away that it has made.
 func (s *service) openStores(pool *store.Pool, left *members) error {
 	added := left.addedParts(s.set.stores)
 	for _, spec := range s.set.stores {
@@ -101,6 +121,13 @@ func (s *service) openStores(pool *store.Pool, left *members) error {
 		if err := openStore(pool, left, spec, false, true); err != nil {
 			s.log.Error("a part of the snapstore is not back", "part", spec, "err", err)
 		}
+	}
+	if !left.news {
+		return nil // so that what has run before starts on a full file system, too
+	}
+	// A successor has to know a part's number before a slot is named by it.
+	if err := left.write(s.set.run); err != nil {
+		return fmt.Errorf("note the parts of the snapstore: %w", err)
 	}
 	return nil
 }

@@ -56,6 +56,8 @@ func (d *Daemon) join(part store.Part) error {
 	if err != nil {
 		return err
 	}
-	d.writeMembers()
+	if err := d.writeMembers(); err != nil {
+		return fmt.Errorf("note part %d of the snapstore: %w", no, err)
+	}
 	return d.pool.AddAs(no, part)
 }

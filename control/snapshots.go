@@ -162,12 +162,19 @@ func (d *Daemon) allSnapshots() []*cow.Snapshot {
 }
 
 // recoverSnapshots finds the snapshots of a daemon that was killed or upgraded.
-func (d *Daemon) recoverSnapshots() {
-	found := d.cat.Recover()
+func (d *Daemon) recoverSnapshots() error {
+	found, absent, err := d.cat.Recover()
+	if err != nil {
+		return err
+	}
+	for _, name := range absent {
+		d.log.Error("images of a device that is not there any more are lost", "device", name)
+	}
 	d.mu.Lock()
 	d.snapshots = found
 	d.mu.Unlock()
 	for _, s := range found {
 		d.record("snapshot-found", "", s.Name(), s.State())
 	}
+	return nil
 }

@@ -40,8 +40,10 @@ type Catalogue struct {
 	// look there what a kill at that moment leaves.
 	step func(what string)
 
-	mu   sync.Mutex
-	free []record
+	// mu protects the fields below.
+	mu     sync.Mutex
+	free   []record
+	opened map[string]bool // names of the devices that were opened
 }
 
 func (c *Catalogue) did(what string) {
@@ -86,7 +88,7 @@ func openSoundCatalogue(dir, boot string) (c *Catalogue, why, err error) {
 }
 
 func openCatalogue(dir, boot string) (*Catalogue, error) {
-	c := &Catalogue{dir: dir, boot: boot, found: make(map[uint64]*Snapshot)}
+	c := &Catalogue{dir: dir, boot: boot, found: make(map[uint64]*Snapshot), opened: make(map[string]bool)}
 	path := ""
 	if dir != "" {
 		path = filepath.Join(dir, "catalogue")
@@ -125,6 +127,11 @@ func (c *Catalogue) begin(boot string) error {
 	err := checkMagic(b, catalogueMagic, catalogueVersion, catalogueConstant)
 	switch {
 	case errors.Is(err, errBlank):
+		// What devices left without a catalogue may be of another boot, and of
+		// snapshots whose ids will be given out again.
+		if err := c.discardDevices(); err != nil {
+			return err
+		}
 		copy(b[16:catalogueConstant], boot)
 		putMagic(b, catalogueMagic, catalogueVersion, catalogueConstant)
 	case err != nil:
@@ -153,8 +160,8 @@ func (c *Catalogue) records() func(func(record) bool) {
 	}
 }
 
-// prepare takes a free record for a snapshot.
-func (c *Catalogue) prepare(name string, note []byte) (record, uint64, error) {
+// prepare takes a free record for a snapshot with a number of images.
+func (c *Catalogue) prepare(name string, note []byte, images int) (record, uint64, error) {
 	if len(name) > maxName || len(note) > maxNote {
 		return nil, 0, fmt.Errorf("name of %d bytes, note of %d: at most %d and %d", len(name), len(note), maxName, maxNote)
 	}
@@ -172,7 +179,7 @@ func (c *Catalogue) prepare(name string, note []byte) (record, uint64, error) {
 	r := c.free[len(c.free)-1]
 	c.free = c.free[:len(c.free)-1]
 	id := wordAt(c.mem.Bytes(), catalogueLastID).Add(1)
-	recordInfo{id, name, note}.encode(r)
+	recordInfo{id, images, name, note}.encode(r)
 	r.setState(statePrepared)
 	c.did("prepare a record")
 	return r, id, nil
@@ -211,6 +218,14 @@ func bootID() (string, error) {
 // discardState removes what the engine keeps in a run directory.
 func discardState(dir string) error {
 	return errors.Join(os.RemoveAll(filepath.Join(dir, "catalogue")), os.RemoveAll(filepath.Join(dir, "devices")))
+}
+
+// discardDevices removes what devices keep in the run directory.
+func (c *Catalogue) discardDevices() error {
+	if c.dir == "" {
+		return nil
+	}
+	return os.RemoveAll(filepath.Join(c.dir, "devices"))
 }
 
 // deviceDir is where the state of a device is, empty where there is none.

@@ -210,6 +210,9 @@ func (c *Catalogue) open(o *Origin, pool *store.Pool, cfg Config) (*Device, erro
 	if lost != nil {
 		d.noteGeneration(lost.Error())
 	}
+	c.mu.Lock()
+	c.opened[d.name] = true
+	c.mu.Unlock()
 	return d, nil
 }
 

@@ -23,7 +23,8 @@
 //	     0     8  state: 0 free, 1 prepared, 2 live, 3 dying; changes
 //	     8     8  the instant, in nanoseconds since 1970; written before state 2
 //	    16     8  how long writes were held up, in nanoseconds; changes
-//	    24     4  CRC-32C of bytes 32 to 511
+//	    24     4  CRC-32C of bytes 28 to 511
+//	    28     4  number of images
 //	    32     8  snapshot id, never used twice in a catalogue
 //	    40     2  length of the name
 //	    42     2  length of the note
@@ -184,27 +185,30 @@ const (
 
 // recordInfo is the constant part of a record.
 type recordInfo struct {
-	id   uint64
-	name string
-	note []byte
+	id     uint64
+	images int
+	name   string
+	note   []byte
 }
 
 func (i recordInfo) encode(b []byte) {
 	clear(b[24:recordBytes])
+	host.PutUint32(b[28:], uint32(i.images))
 	host.PutUint64(b[32:], i.id)
 	host.PutUint16(b[40:], uint16(copy(b[44:44+maxName], i.name)))
 	host.PutUint16(b[42:], uint16(copy(b[108:108+maxNote], i.note)))
-	host.PutUint32(b[24:], crc32.Checksum(b[32:recordBytes], crcTable))
+	host.PutUint32(b[24:], crc32.Checksum(b[28:recordBytes], crcTable))
 }
 
 func decodeRecord(b []byte) (recordInfo, error) {
 	name, note := int(host.Uint16(b[40:])), int(host.Uint16(b[42:]))
-	if host.Uint32(b[24:]) != crc32.Checksum(b[32:recordBytes], crcTable) || name > maxName || note > maxNote {
+	if host.Uint32(b[24:]) != crc32.Checksum(b[28:recordBytes], crcTable) || name > maxName || note > maxNote {
 		return recordInfo{}, fmt.Errorf("%w: checksum of a record", ErrDamaged)
 	}
 	return recordInfo{
-		id:   host.Uint64(b[32:]),
-		name: string(b[44 : 44+name]),
-		note: append([]byte(nil), b[108:108+note]...),
+		id:     host.Uint64(b[32:]),
+		images: int(host.Uint32(b[28:])),
+		name:   string(b[44 : 44+name]),
+		note:   append([]byte(nil), b[108:108+note]...),
 	}, nil
 }

@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"slices"
 
 	"blksnap/cbt"
@@ -32,32 +33,76 @@ func (c *Catalogue) readRecords() {
 		}
 		c.found[info.id] = &Snapshot{
 			catalogue: c, record: r, name: info.name, note: info.note,
-			created: r.taken(), held: r.held(),
+			created: r.taken(), held: r.held(), lost: info.images,
 		}
 	}
 }
 
+// Forget gives up the predecessor's snapshots and what its devices left in the run
+// directory, where it is not certain what its slots' numbers mean, and returns how
+// many snapshots there were. It is called before devices are opened. What outlives
+// the machine stays.
+func (c *Catalogue) Forget() (int, error) {
+	if err := c.discardDevices(); err != nil {
+		return 0, fmt.Errorf("forget snapshots: %w", err)
+	}
+	n := len(c.found)
+	for id, s := range c.found {
+		delete(c.found, id)
+		c.release(s.record)
+	}
+	return n, nil
+}
+
 // Recover returns the predecessor's snapshots, oldest first, with the images of
 // all devices that were opened since; it is called once, before anything is
-// written to them. Snapshots that were being destroyed are destroyed, those of
-// which no device is there are forgotten.
-func (c *Catalogue) Recover() []*Snapshot {
-	var snaps []*Snapshot
+// written to them and before the snapstore is told to discard. Snapshots that were
+// being destroyed are destroyed. Devices that are not there, which absent names, have
+// no images any more; a snapshot that lacks an image says so, also where it has none,
+// until it is destroyed: who copies its images must not take the rest for all.
+func (c *Catalogue) Recover() (snaps []*Snapshot, absent []string, err error) {
+	if absent, err = c.forgetAbsent(); err != nil {
+		return nil, nil, fmt.Errorf("forget images of devices that are not there: %w", err)
+	}
 	for id, s := range c.found {
 		delete(c.found, id)
 		switch {
 		case s.record.state() == stateDying:
 			s.destroyed = true
 			s.end()
-		case len(s.images) == 0:
-			c.release(s.record)
 		default:
 			s.sortImages()
 			snaps = append(snaps, s)
 		}
 	}
 	slices.SortFunc(snaps, func(a, b *Snapshot) int { return a.created.Compare(b.created) })
-	return snaps
+	return snaps, absent, nil
+}
+
+// forgetAbsent removes the layers of devices that were not opened, and returns
+// the devices' names. Nobody has put the slots in use that these layers name: from
+// now on they are given to others, so no later start may look for images there.
+func (c *Catalogue) forgetAbsent() (absent []string, err error) {
+	if c.dir == "" {
+		return nil, nil
+	}
+	layers, err := filepath.Glob(filepath.Join(c.dir, "devices", "*", "layer-*"))
+	if err != nil {
+		return nil, err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, path := range layers {
+		name := filepath.Base(filepath.Dir(path))
+		if c.opened[name] {
+			continue
+		}
+		if err := os.Remove(path); err != nil {
+			return nil, err
+		}
+		absent = append(absent, name)
+	}
+	return slices.Compact(absent), nil
 }
 
 // recoverState finds the device's state in its directory. An error says why it
@@ -132,7 +177,8 @@ func (d *Device) recoverLayers(frozen map[uint64]*cbt.Frozen) error {
 		}
 	}
 	d.layers = layers
-	return d.adopt()
+	d.adopt()
+	return nil
 }
 
 // openLayers opens the layers of which a snapshot was live, oldest first, and
@@ -193,13 +239,15 @@ func (d *Device) recoverImage(s *Snapshot, l *layer, frozen map[uint64]*cbt.Froz
 	}
 	if i.frozen != nil { // else there is nothing that a user could look at
 		s.images = append(s.images, i)
+		s.lost--
 	}
 }
 
 // adopt puts the slots that words name in use again. A slot that two layers name
-// was being moved from the newer to the older. One that is not to be had, because
-// its part died with the process or is another now, costs the images that read it.
-func (d *Device) adopt() error {
+// for a chunk was being moved from the newer to the older. One that is not to be
+// had, because its part died with the process or is another now, costs the images
+// that read it.
+func (d *Device) adopt() {
 	for n, l := range d.layers {
 		for c, w := range l.table.from(0) {
 			if !w.hasSlot() {
@@ -210,12 +258,20 @@ func (d *Device) adopt() error {
 				continue
 			}
 			l.table.store(c, 0)
-			if !errors.Is(err, store.ErrAdopted) {
+			if !errors.Is(err, store.ErrAdopted) || !d.older(n, c, w) {
 				d.loseFound(n, c, w.mask(), err)
 			}
 		}
 	}
-	return nil
+}
+
+// older says whether a layer before n has the blocks of w, a word of c, in the same
+// slot.
+func (d *Device) older(n int, c chunkNo, w word) bool {
+	return slices.ContainsFunc(d.layers[:n], func(l *layer) bool {
+		o := l.table.load(c)
+		return o.hasSlot() && o.slot() == w.slot() && w.mask()&^o.mask() == 0
+	})
 }
 
 // loseFound breaks the images that find blocks mask of c in layer n, where they

@@ -24,6 +24,8 @@ type site struct {
 	pool *store.Pool
 	devs []*Device
 	snap map[string]*Snapshot
+
+	absent []string
 }
 
 const siteSize = 1<<20 + 3*SectorSize
@@ -63,6 +65,12 @@ func openSite(t *testing.T, dir string, limit int64, step func(string)) *site {
 // openSiteIn starts in another boot.
 func openSiteIn(t *testing.T, dir, boot string, limit int64, step func(string)) *site {
 	t.Helper()
+	return openSiteWith(t, dir, boot, limit, step, siteDevices)
+}
+
+// openSiteWith starts with some of the devices.
+func openSiteWith(t *testing.T, dir, boot string, limit int64, step func(string), devices []string) *site {
+	t.Helper()
 	s := &site{dir: dir, snap: make(map[string]*Snapshot)}
 	var why, err error
 	s.cat, why, err = openSoundCatalogue(filepath.Join(dir, "run"), boot)
@@ -76,7 +84,7 @@ func openSiteIn(t *testing.T, dir, boot string, limit int64, step func(string)) 
 		t.Fatal(err)
 	}
 	s.pool = store.NewPool(part)
-	for _, name := range siteDevices {
+	for _, name := range devices {
 		o, err := OpenOrigin(filepath.Join(dir, name))
 		if err != nil {
 			t.Fatal(err)
@@ -88,7 +96,12 @@ func openSiteIn(t *testing.T, dir, boot string, limit int64, step func(string)) 
 		}
 		s.devs = append(s.devs, d)
 	}
-	for _, n := range s.cat.Recover() {
+	found, absent, err := s.cat.Recover()
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.absent = absent
+	for _, n := range found {
 		s.snap[n.Name()] = n
 	}
 	if err := s.pool.Discard(); err != nil {

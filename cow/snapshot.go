@@ -21,6 +21,7 @@ type Snapshot struct {
 	created   time.Time
 	held      time.Duration
 	images    []*Image // by name of the device
+	lost      int      // images that a predecessor had and nobody finds any more
 
 	// mu protects the images' users. Never held across I/O.
 	mu        sync.Mutex
@@ -85,7 +86,7 @@ func (c *Catalogue) take(name string, devices []*Device, o TakeOptions) (*Snapsh
 		d.taking.Lock()
 		defer d.taking.Unlock()
 	}
-	r, id, err := c.prepare(name, o.Note)
+	r, id, err := c.prepare(name, o.Note, len(devices))
 	if err != nil {
 		return nil, err
 	}
@@ -231,7 +232,8 @@ func (s *Snapshot) Created() time.Time { return s.created }
 // flight included.
 func (s *Snapshot) Held() time.Duration { return s.held }
 
-// Images are the images by the names of their devices.
+// Images are the images by the names of their devices; without those that a restart
+// has not found, which State tells of.
 func (s *Snapshot) Images() []*Image { return s.images }
 
 // Image returns the image of a device.
@@ -248,6 +250,9 @@ func (s *Snapshot) Image(device string) (*Image, bool) {
 // why.
 func (s *Snapshot) State() string {
 	worst := "ok"
+	if s.lost > 0 {
+		worst = fmt.Sprintf("failed: %d of %d images were lost before the last start", s.lost, s.lost+len(s.images))
+	}
 	for _, i := range s.images {
 		switch st := i.State(); {
 		case st == "ok":

@@ -1,0 +1,182 @@
+// Starts that do not find all that the one before had.
+
+package cow
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+func thisBoot(t *testing.T) string {
+	t.Helper()
+	boot, err := bootID()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return boot
+}
+
+func newSiteDir(t *testing.T) string {
+	t.Helper()
+	dir := t.TempDir()
+	newSite(t, dir)
+	return dir
+}
+
+// wantImage checks an image from its first byte to its last.
+func wantImage(t *testing.T, s *site, snapshot, device string, want []byte) {
+	t.Helper()
+	got := make([]byte, len(want))
+	if err := image(t, s.snap[snapshot], device).Read(got, 0); err != nil {
+		t.Errorf("read %s@%s: %v", device, snapshot, err)
+	} else if k := firstDiff(got, want); k >= 0 {
+		t.Errorf("%s@%s: byte %d\n got %d\nwant %d", device, snapshot, k, got[k], want[k])
+	}
+}
+
+// TestDeviceThatWasAway starts without a device, which gives its slots to the
+// other one, and then with it again: its images must not come back.
+func TestDeviceThatWasAway(t *testing.T) {
+	dir, boot := newSiteDir(t), thisBoot(t)
+	zeroes := make([]byte, siteSize)
+	s := openSite(t, dir, 64<<20, nil)
+	s.snap["both"] = s.take(t, "both")
+	for _, d := range s.devs {
+		put(t, d, 1, 0, siteSize)
+	}
+	s.close(t)
+
+	s = openSiteWith(t, dir, boot, 64<<20, nil, []string{"b"})
+	if want := []string{"a"}; !slices.Equal(s.absent, want) {
+		t.Errorf("devices that are not there\n got %q\nwant %q", s.absent, want)
+	}
+	s.snap["more"] = s.take(t, "more")
+	put(t, s.devs[0], 2, 0, siteSize)
+	wantImage(t, s, "both", "b", zeroes)
+	s.close(t)
+
+	s = openSite(t, dir, 64<<20, nil)
+	defer s.close(t)
+	if got, want := s.snap["both"].State(), "failed: 1 of 2 images were lost before the last start"; got != want {
+		t.Errorf("state of the snapshot that lacks an image\n got %s\nwant %s", got, want)
+	}
+	if _, ok := s.snap["both"].Image("a"); ok {
+		t.Error("the image of a device that was away is back, with slots that were given to others")
+	}
+	wantImage(t, s, "both", "b", zeroes)
+	wantImage(t, s, "more", "b", bytes.Repeat([]byte{1}, siteSize))
+}
+
+// TestSlotOfAnotherDevice finds a table that names a slot of another device: no
+// image reads bytes that are not its own.
+func TestSlotOfAnotherDevice(t *testing.T) {
+	dir := newSiteDir(t)
+	s := openSite(t, dir, 64<<20, nil)
+	s.take(t, "both")
+	for _, d := range s.devs {
+		put(t, d, 1, 0, chunkSize)
+	}
+	s.devs[1].layers[0].table.store(0, s.devs[0].layers[0].table.load(0))
+	s.close(t)
+
+	s = openSite(t, dir, 64<<20, nil)
+	defer s.close(t)
+	wantImage(t, s, "both", "a", make([]byte, siteSize))
+	if got := image(t, s.snap["both"], "b").State(); !strings.HasPrefix(got, "failed: ") {
+		t.Errorf("state of the image whose slot is another's\n got %s\nwant failed: and why", got)
+	}
+}
+
+// TestForget gives up what a predecessor left, as one does who does not know what
+// its slots' numbers mean, and as the engine does where the catalogue is gone, which
+// says of which boot the rest is.
+func TestForget(t *testing.T) {
+	for _, tc := range []struct {
+		name   string
+		forget func(c *Catalogue) (int, error)
+		before func(run string) error
+		want   int
+	}{
+		{"on request", (*Catalogue).Forget, func(string) error { return nil }, 1},
+		{"without a catalogue", func(*Catalogue) (int, error) { return 0, nil },
+			func(run string) error { return os.Remove(filepath.Join(run, "catalogue")) }, 0},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			dir := newSiteDir(t)
+			s := openSite(t, dir, 64<<20, nil)
+			s.take(t, "both")
+			put(t, s.devs[0], 1, 0, siteSize)
+			s.close(t)
+			run := filepath.Join(dir, "run")
+			if err := tc.before(run); err != nil {
+				t.Fatal(err)
+			}
+			c, err := openCatalogue(run, thisBoot(t))
+			if err != nil {
+				t.Fatal(err)
+			}
+			n, err := tc.forget(c)
+			if err != nil || n != tc.want {
+				t.Errorf("forgot %d snapshots, %v, want %d", n, err, tc.want)
+			}
+			if _, err := os.Stat(filepath.Join(run, "devices")); !os.IsNotExist(err) {
+				t.Errorf("what devices left is still there (%v)", err)
+			}
+			if err := c.Close(); err != nil {
+				t.Fatal(err)
+			}
+			s = openSite(t, dir, 64<<20, nil)
+			defer s.close(t)
+			if len(s.snap) > 0 {
+				t.Errorf("snapshots that were given up are back: %v", s.snap)
+			}
+		})
+	}
+}
+
+// TestOverflowIsNotForgotten loses images, gives their layers back, and starts again:
+// what is left of a snapshot does not look whole, and can be destroyed.
+func TestOverflowIsNotForgotten(t *testing.T) {
+	for _, tc := range []struct {
+		lose []int // devices
+		want string
+	}{
+		{[]int{0}, "failed: 1 of 2 images were lost before the last start"},
+		{[]int{0, 1}, "failed: 2 of 2 images were lost before the last start"},
+	} {
+		dir := newSiteDir(t)
+		s := openSite(t, dir, 64<<20, nil)
+		n := s.take(t, "both")
+		for _, k := range tc.lose {
+			s.devs[k].breakImage(image(t, n, siteDevices[k]), overflowed, ErrOverflowed)
+			s.devs[k].settle(time.Minute)
+		}
+		if got := n.State(); got != "overflowed" {
+			t.Errorf("state before the restart\n got %s\nwant overflowed", got)
+		}
+		s.close(t)
+
+		s = openSite(t, dir, 64<<20, nil)
+		n = s.snap["both"]
+		if n == nil {
+			t.Fatalf("the snapshot with %d lost images is gone", len(tc.lose))
+		}
+		if got := n.State(); got != tc.want {
+			t.Errorf("state after the restart\n got %s\nwant %s", got, tc.want)
+		}
+		if err := n.Destroy(false); err != nil {
+			t.Error(err)
+		}
+		s.close(t)
+		s = openSite(t, dir, 64<<20, nil)
+		if len(s.snap) > 0 {
+			t.Errorf("a destroyed snapshot is back: %v", s.snap)
+		}
+		s.close(t)
+	}
+}

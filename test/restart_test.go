@@ -1,0 +1,101 @@
+// Starts that are not like the one before.
+
+package test
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"testing"
+)
+
+// The parts of the snapstore in another order: an image reads its own bytes. Where
+// nobody knows any more which part was which, it is gone rather than wrong.
+func TestStoresInAnotherOrder(t *testing.T) {
+	needRoot(t)
+	for _, tc := range []struct {
+		name   string
+		damage func(set string) error
+		lives  bool
+	}{
+		{"known", func(string) error { return nil }, true},
+		{"forgotten", os.Remove, false},
+		{"damaged", func(set string) error { return os.WriteFile(set, []byte("{"), 0o600) }, false},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			const size = 8 * miB
+			dir := scratch(t)
+			first, second := "file:"+dir+"/first:1MiB", "file:"+dir+"/second:32MiB"
+			d, origin := serveOrigin(t, size, "--store", first, "--store", second)
+			generation := read(t, d.device("vda", "cbt", "generation"))
+			mkdir(t, d.snapshot("s1"))
+			number := readNumber(t, d.snapshot("s1", "vda.cbt", "number"))
+			p := make([]byte, size)
+			Stamp(p, "vda", 0, 2)
+			if err := d.open("vda").writeAt(p, 0); err != nil {
+				t.Fatal(err)
+			}
+			d.kill()
+			if err := tc.damage(filepath.Join(d.runDir, "set.json")); err != nil {
+				t.Fatal(err)
+			}
+
+			d.start("--store", second, "--store", first, origin)
+			if got := exists(d.snapshot("s1")); got != tc.lives {
+				t.Fatalf("the snapshot is there: %v, want %v", got, tc.lives)
+			}
+			if tc.lives {
+				image, err := os.ReadFile(d.snapshot("s1", "vda.img"))
+				if err != nil {
+					t.Fatal(err)
+				}
+				written := Verify(image[:size/2], "vda", 0, 1, 1)
+				if err := errors.Join(written, Verify(image[size/2:], "vda", size/2, 0, 0)); err != nil {
+					t.Error(err)
+				}
+			}
+			// What was written is in the increment, or a full copy is due.
+			now, since := read(t, d.device("vda", "cbt", "generation")), d.device("vda", "cbt", "since", fmt.Sprint(number))
+			if now != generation && exists(since) {
+				t.Error("a new generation answers for a number of the one before")
+			}
+			if now == generation {
+				if got, want := read(t, since), fmt.Sprintf("0 %d data", size); got != want {
+					t.Errorf("changed since the snapshot\n got %q\nwant %q", got, want)
+				}
+			}
+		})
+	}
+}
+
+// A device that the command line does not name any more is not served any more;
+// one that was added at run time is back.
+func TestDevicesAfterARestart(t *testing.T) {
+	needRoot(t)
+	dir := scratch(t)
+	a, b, c := makeOrigin(t, dir, "a", miB), makeOrigin(t, dir, "b", miB), makeOrigin(t, dir, "c", miB)
+	d := serve(t, a, b)
+	d.blksnap("device", "add", c)
+	mkdir(t, d.snapshot("s1"))
+	for round := range 2 { // what is found again is kept again
+		d.kill()
+		d.start(a)
+		want := []string{"a  1048576  " + d.uri("a"), "c  1048576  " + d.uri("c")}
+		if !slices.Equal(d.uris, want) {
+			t.Errorf("start %d serves\n got %q\nwant %q", round, d.uris, want)
+		}
+		if got, want := read(t, d.snapshot("s1", "state")), "failed: 1 of 3 images were lost before the last start"; got != want {
+			t.Errorf("state of the snapshot\n got %s\nwant %s", got, want)
+		}
+	}
+	rmdir(t, d.snapshot("s1"))
+	d.blksnap("device", "remove", "c")
+	d.stop()
+	d.start(a, b)
+	want := []string{"a  1048576  " + d.uri("a"), "b  1048576  " + d.uri("b")}
+	if !slices.Equal(d.uris, want) {
+		t.Errorf("the last start serves\n got %q\nwant %q", d.uris, want)
+	}
+}
