@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
+	"time"
 
 	"github.com/alecthomas/kong"
 
@@ -122,6 +123,11 @@ type snapshotCreateCmd struct {
 	Name   *string  `arg:"" optional:"" help:"Its name (default: its time in UTC)."`
 	Named  *string  `name:"name" placeholder:"NAME" help:"The same as the argument."`
 	Device []string `placeholder:"DEVICE" sep:"none" help:"Of this device alone; repeatable (default: of all of them, at one instant)."`
+
+	Freeze []string      `placeholder:"MOUNTPOINT" sep:"none" help:"Freeze this file system around the instant; repeatable."`
+	Before string        `placeholder:"CMD" help:"Run CMD with sh before; if it fails no snapshot is taken."`
+	After  string        `placeholder:"CMD" help:"Run CMD with sh after, whatever happened."`
+	TTL    time.Duration `name:"ttl" placeholder:"DURATION" help:"Destroy the snapshot after this time, also if it is in use (never)."`
 }
 
 // Validate refuses two names, and an empty one: a script's variable was not set.
@@ -143,7 +149,9 @@ func (c *snapshotCreateCmd) Run(ctx context.Context, w io.Writer) error {
 	if c.Name != nil {
 		name = *c.Name
 	}
-	v, err := c.client().TakeSnapshot(ctx, name, c.Device)
+	v, err := c.client().Take(ctx, control.Taking{
+		Name: name, Devices: c.Device, TTL: c.TTL, Freeze: c.Freeze, Before: c.Before, After: c.After,
+	})
 	return show(v, err, control.Output{Writer: w}.Taken)
 }
 
@@ -298,6 +306,9 @@ func run(args []string) (status int, err error) {
 }
 
 func main() {
+	if control.IsFreezer(os.Args) { // startFreezer runs us so
+		os.Exit(control.Freezer(os.Args, os.Stdin, os.Stdout))
+	}
 	status, err := run(os.Args[1:])
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "blksnap:", control.OneLine(err))

@@ -93,8 +93,6 @@ func TestManualRenders(t *testing.T) {
 func TestNotYet(t *testing.T) {
 	for _, args := range [][]string{
 		{"snapshot", "create", "--writable"},
-		{"snapshot", "create", "--freeze", "/"},
-		{"snapshot", "create", "--ttl", "1h"},
 		{"snapshot", "rollback", "x"},
 		{"device", "resize", "x"},
 		{"state", "check"},

@@ -12,6 +12,7 @@
 //	POST   /devices/NAME/cbt/reset
 //	GET    /snapshots                     []SnapshotInfo, oldest first
 //	POST   /snapshots                     SnapshotRequest -> SnapshotInfo
+//	POST   /freeze                        FreezeRequest: refused if they must not be frozen
 //	GET    /snapshots/NAME                SnapshotInfo
 //	DELETE /snapshots                     name (repeated), force
 //	GET    /store                         []PartInfo
@@ -59,7 +60,8 @@ type SnapshotInfo struct {
 	Created time.Time     `json:"created"`
 	State   string        `json:"state"`
 	HeldUp  time.Duration `json:"held_up_ns"` // how long writes waited while it was taken
-	Images  []ImageInfo   `json:"images"`     // by device
+	Expires *time.Time    `json:"expires,omitempty"`
+	Images  []ImageInfo   `json:"images"` // by device
 }
 
 // ImageInfo describes one device's content in a snapshot.
@@ -108,8 +110,15 @@ type PartRequest struct {
 // SnapshotRequest asks for a snapshot: without a name it is called by its
 // time, without devices it is of all of them.
 type SnapshotRequest struct {
-	Name    string   `json:"name,omitempty"`
-	Devices []string `json:"devices,omitempty"`
+	Name    string        `json:"name,omitempty"`
+	Devices []string      `json:"devices,omitempty"`
+	TTL     time.Duration `json:"ttl_ns,omitempty"` // it is destroyed after that
+}
+
+// FreezeRequest asks whether the file systems that are mounted at these absolute
+// paths may be frozen.
+type FreezeRequest struct {
+	Mounts []string `json:"mounts"`
 }
 
 // MarkRequest asks for ranges, each "OFFSET:LENGTH", to count as changed.

@@ -39,12 +39,12 @@ func TestAPI(t *testing.T) {
 		t.Errorf("devices, -want +got:\n%s", diff)
 	}
 
-	first, err := c.TakeSnapshot(ctx, "first", nil)
+	first, err := c.TakeSnapshot(ctx, SnapshotRequest{Name: "first"})
 	if err != nil {
 		t.Fatal(err)
 	}
 	write(t, d, "vdb", strings.Repeat("x", 8192), 4096)
-	if _, err := c.TakeSnapshot(ctx, "second", []string{"vdb"}); err != nil {
+	if _, err := c.TakeSnapshot(ctx, SnapshotRequest{Name: "second", Devices: []string{"vdb"}}); err != nil {
 		t.Fatal(err)
 	}
 	since := Since(fmt.Sprint(first.Images[1].CBT.Number))
@@ -145,9 +145,9 @@ func TestAPIErrors(t *testing.T) {
 		{"bad tracking block", second(c.AddDevice(ctx, "x="+origin, DeviceConfig{TrackingBlock: 5000})), syscall.EINVAL, 1,
 			"tracking block of 5000 bytes is not a power of two from 4KiB to 16MiB"},
 		{"device with a snapshot", c.RemoveDevice(ctx, "vda"), syscall.EBUSY, 1, "device vda has 1 snapshot: taken"},
-		{"snapshot exists", second(c.TakeSnapshot(ctx, "taken", nil)), syscall.EEXIST, 1, "snapshot taken exists already"},
-		{"snapshot of an unknown device", second(c.TakeSnapshot(ctx, "x", []string{"vda", "nope"})), syscall.ENOENT, 1, `there is no device "nope"`},
-		{"reserved name", second(c.TakeSnapshot(ctx, "latest", nil)), syscall.EINVAL, 1, `snapshot name "latest" is reserved`},
+		{"snapshot exists", second(c.TakeSnapshot(ctx, SnapshotRequest{Name: "taken"})), syscall.EEXIST, 1, "snapshot taken exists already"},
+		{"snapshot of an unknown device", second(c.TakeSnapshot(ctx, SnapshotRequest{Name: "x", Devices: []string{"vda", "nope"}})), syscall.ENOENT, 1, `there is no device "nope"`},
+		{"reserved name", second(c.TakeSnapshot(ctx, SnapshotRequest{Name: "latest"})), syscall.EINVAL, 1, `snapshot name "latest" is reserved`},
 		{"unknown snapshot", second(c.Snapshot(ctx, "nope")), syscall.ENOENT, 1, `there is no snapshot "nope"`},
 		{"destroy one that does not exist", c.DestroySnapshots(ctx, []string{"taken", "nope"}, false), syscall.ENOENT, 1, `there is no snapshot "nope"`},
 		{"range beyond the end", c.Mark(ctx, "vda", []Range{{0, 1}, {1 << 20, 1}}), syscall.EINVAL, 1, "range 1048576:1 is not inside the device's 1048576 bytes"},

@@ -118,8 +118,8 @@ func (c *Client) Snapshot(ctx context.Context, name string) (v SnapshotInfo, err
 }
 
 // TakeSnapshot takes a snapshot of the named devices, or of all of them.
-func (c *Client) TakeSnapshot(ctx context.Context, name string, devices []string) (v SnapshotInfo, err error) {
-	return v, c.call(ctx, "POST", "/snapshots", SnapshotRequest{name, devices}, &v)
+func (c *Client) TakeSnapshot(ctx context.Context, q SnapshotRequest) (v SnapshotInfo, err error) {
+	return v, c.call(ctx, "POST", "/snapshots", q, &v)
 }
 
 // DestroySnapshots destroys snapshots. Those in use are refused without force.

@@ -50,8 +50,9 @@ type Daemon struct {
 	treeless  bool            // the tree was unmounted under clients: end with the last one
 	tree      *fusefs.Tree    // nil where there is none
 	onLow     func(store.LowSpace)
-	run       string  // directory of the set file, empty where there is none
-	members   members // as it was at the start
+	run       string   // directory of the set file, empty where there is none
+	dirs      []string // where we keep state
+	members   members  // as it was at the start
 }
 
 // device is a device in the set.

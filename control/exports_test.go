@@ -28,7 +28,7 @@ func open(t *testing.T, d *Daemon, name string) intercept.Export {
 func TestOpenExport(t *testing.T) {
 	d := newTestDaemon(t, "vda", "vdb")
 	take(t, d, "s")
-	if _, err := d.take("only-b", []string{"vdb"}); err != nil {
+	if _, err := d.take("only-b", []string{"vdb"}, note{}); err != nil {
 		t.Fatal(err)
 	}
 	for _, tc := range []struct {

@@ -60,6 +60,9 @@ func (d *Daemon) snapshotInfo(name string) (SnapshotInfo, error) {
 
 func (d *Daemon) describe(s *cow.Snapshot) SnapshotInfo {
 	info := SnapshotInfo{Name: s.Name(), Created: s.Created(), State: s.State(), HeldUp: s.Held()}
+	if end := expires(s); !end.IsZero() {
+		info.Expires = &end
+	}
 	for _, i := range s.Images() {
 		info.Images = append(info.Images, ImageInfo{
 			Device: i.Device().Name(),

@@ -54,6 +54,7 @@ func (s *service) open(ctx context.Context, passed []net.Listener) error {
 	if err := s.openDevices(left); err != nil {
 		return err
 	}
+	s.daemon.setDirs(s.set.run, s.set.state)
 	s.daemon.keepMembers(s.set.run, left)
 	s.runOnLow()
 	return s.mountTree(ctx)

@@ -134,6 +134,7 @@ func (o Output) Snapshot(v SnapshotInfo) error {
 		"state", v.State,
 		"held_up", v.HeldUp.String(),
 		"holds", sizeLine(v.holds()),
+		"expires", v.expires(),
 	)
 	if err != nil || o.JSON {
 		return err
@@ -142,6 +143,13 @@ func (o Output) Snapshot(v SnapshotInfo) error {
 	return printAll(o, "DEVICE SIZE STATE HOLDS NUMBER URI", v.Images, func(i ImageInfo) []string {
 		return []string{i.Device, people(i.Size), i.State, people(i.Holds), decimal(i.CBT.Number), i.URI}
 	})
+}
+
+func (v SnapshotInfo) expires() string {
+	if v.Expires == nil {
+		return "never"
+	}
+	return v.Expires.Format(time.RFC3339)
 }
 
 // Store prints a line for each part of the snapstore.

@@ -48,6 +48,7 @@ func (s *service) run(ctx context.Context, out io.Writer) error {
 		}
 		running.Go(func() { failed <- serveNBD(serving, serve, l) })
 	}
+	running.Go(func() { s.daemon.expire(serving) })
 	running.Go(func() { watchdog(serving, s.log, s.daemon.alive) })
 
 	s.announce(out)

@@ -112,7 +112,7 @@ func TestServe(t *testing.T) {
 		t.Errorf("words before ready, -want +got:\n%s", diff)
 	}
 	client := NewClient(c.Run + "/control.sock")
-	if _, err := client.TakeSnapshot(t.Context(), "s", nil); err != nil {
+	if _, err := client.TakeSnapshot(t.Context(), SnapshotRequest{Name: "s"}); err != nil {
 		t.Error(err)
 	}
 	if text, err := os.ReadFile(c.Mount + "/snapshots/s/state"); string(text) != "ok\n" || err != nil {

@@ -66,6 +66,7 @@ func handler(d *Daemon) http.Handler {
 	handle("GET /snapshots", func(*http.Request) (any, error) { return d.snapshotInfos(), nil })
 	handle("GET /snapshots/{name}", func(r *http.Request) (any, error) { return d.snapshotInfo(r.PathValue("name")) })
 	handle("POST /snapshots", body(d.takeSnapshot))
+	handle("POST /freeze", body(d.checkFreeze))
 	handle("DELETE /snapshots", func(r *http.Request) (any, error) {
 		q := r.URL.Query()
 		return nil, d.destroySnapshots(q["name"], q.Has("force"))

@@ -15,7 +15,10 @@ import (
 
 // takeSnapshot takes a snapshot at a client's request.
 func (d *Daemon) takeSnapshot(q SnapshotRequest) (SnapshotInfo, error) {
-	s, err := d.take(q.Name, q.Devices)
+	if q.TTL < 0 {
+		return SnapshotInfo{}, refuse(syscall.EINVAL, "time to live of %s is less than nothing", q.TTL)
+	}
+	s, err := d.take(q.Name, q.Devices, note{TTL: q.TTL})
 	if err != nil {
 		return SnapshotInfo{}, err
 	}
@@ -25,13 +28,13 @@ func (d *Daemon) takeSnapshot(q SnapshotRequest) (SnapshotInfo, error) {
 // take takes a snapshot of the named devices, of all of them if none is named.
 // An empty name means that it is called by its time. Errors match EINVAL,
 // EEXIST, ENOENT, ENOSPC, ETIMEDOUT and ESHUTDOWN.
-func (d *Daemon) take(name string, devices []string) (*cow.Snapshot, error) {
+func (d *Daemon) take(name string, devices []string, n note) (*cow.Snapshot, error) {
 	if name != "" {
 		if err := checkName("snapshot", name); err != nil {
 			return nil, err
 		}
 	}
-	s, err := d.takeChanging(name, devices)
+	s, err := d.takeChanging(name, devices, n)
 	if err != nil {
 		return nil, err
 	}
@@ -40,14 +43,14 @@ func (d *Daemon) take(name string, devices []string) (*cow.Snapshot, error) {
 	return s, nil
 }
 
-func (d *Daemon) takeChanging(name string, devices []string) (*cow.Snapshot, error) {
+func (d *Daemon) takeChanging(name string, devices []string, n note) (*cow.Snapshot, error) {
 	d.changing.Lock()
 	defer d.changing.Unlock()
 	name, chosen, err := d.choose(name, devices)
 	if err != nil {
 		return nil, err
 	}
-	s, err := d.cat.Take(name, chosen, cow.TakeOptions{})
+	s, err := d.cat.Take(name, chosen, cow.TakeOptions{Note: n.encode()})
 	if err != nil {
 		return nil, err
 	}

@@ -58,7 +58,7 @@ func (s treeSource) Take(name string) error {
 	if name == "" {
 		return syscall.EINVAL
 	}
-	_, err := s.d.take(name, nil)
+	_, err := s.d.take(name, nil, note{})
 	return err
 }
 

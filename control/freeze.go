@@ -1,0 +1,90 @@
+// Which file systems must not be frozen: a write to a frozen one waits, and the
+// thawing may wait for the write.
+
+package control
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+func (d *Daemon) setDirs(dirs ...string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.dirs = dirs
+}
+
+// checkFreeze refuses mount points whose file system holds an origin, a part of
+// the snapstore, or the state, directly or below loop devices and device mapper.
+func (d *Daemon) checkFreeze(q FreezeRequest) (any, error) {
+	used := make(map[uint64]string) // file systems, by device number
+	for _, dev := range d.sortedDevices() {
+		fileSystems(dev.Origin(), "the origin of device "+dev.Name(), used, maxGround)
+	}
+	for _, p := range d.pool.Parts() {
+		if p.Spec.Path != "" {
+			fileSystems(p.Spec.Path, "a part of the snapstore", used, maxGround)
+		}
+	}
+	d.mu.Lock()
+	dirs := d.dirs
+	d.mu.Unlock()
+	for _, dir := range dirs {
+		fileSystems(dir, "the daemon's state", used, maxGround)
+	}
+	for _, m := range q.Mounts {
+		if !filepath.IsAbs(m) {
+			return nil, refuse(syscall.EINVAL, "mount point %q is not an absolute path", clip(m))
+		}
+		var st unix.Stat_t
+		if err := unix.Stat(m, &st); err != nil {
+			return nil, fmt.Errorf("freeze %s: %w", m, err)
+		}
+		if what := used[st.Dev]; what != "" {
+			return nil, refuse(syscall.EBUSY, "freeze %s: its file system holds %s", m, what)
+		}
+	}
+	return nil, nil
+}
+
+// fileSystems notes the file system that path is on, and those below it, as used
+// by what.
+func fileSystems(path, what string, used map[uint64]string, depth int) {
+	var st unix.Stat_t
+	if depth == 0 || unix.Stat(path, &st) != nil {
+		return
+	}
+	if st.Mode&unix.S_IFMT == unix.S_IFBLK {
+		belowDevice(st.Rdev, what, used, depth-1)
+		return
+	}
+	if used[st.Dev] == "" {
+		used[st.Dev] = what
+		belowDevice(st.Dev, what, used, depth-1)
+	}
+}
+
+// belowDevice does the same for what a block device stands on.
+func belowDevice(dev uint64, what string, used map[uint64]string, depth int) {
+	dir, err := filepath.EvalSymlinks(fmt.Sprintf("/sys/dev/block/%d:%d", unix.Major(dev), unix.Minor(dev)))
+	if err != nil || depth == 0 {
+		return // no block device
+	}
+	if _, err := os.Stat(dir + "/partition"); err == nil {
+		dir = filepath.Dir(dir)
+	}
+	if file, err := os.ReadFile(dir + "/loop/backing_file"); err == nil {
+		fileSystems(strings.TrimSuffix(string(file), "\n"), what, used, depth-1)
+	}
+	below, _ := filepath.Glob(dir + "/slaves/*/dev")
+	for _, s := range below {
+		if text, err := os.ReadFile(s); err == nil {
+			belowDevice(parseDev(strings.TrimSpace(string(text))), what, used, depth-1)
+		}
+	}
+}

@@ -1,0 +1,76 @@
+// Taking a snapshot with what goes around it: commands for guests and databases,
+// and frozen file systems. All of that is done by who asks, not by the daemon.
+
+package control
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"time"
+)
+
+// Taking says how a snapshot is to be taken.
+type Taking struct {
+	Name    string        // empty: it is called by its time
+	Devices []string      // empty: all of them
+	TTL     time.Duration // destroyed after that; 0: never
+	Freeze  []string      // mount points of file systems to freeze around the instant
+	Before  string        // shell command to run before; the snapshot is not taken if it fails
+	After   string        // shell command to run after, whatever happened
+}
+
+// Take takes a snapshot. When it returns, frozen file systems are thawed and After
+// has run, also if ctx has ended. The snapshot is destroyed again where its file
+// systems were not frozen all the time, but it stays where only After fails.
+func (c *Client) Take(ctx context.Context, t Taking) (v SnapshotInfo, err error) {
+	for i, m := range t.Freeze {
+		if t.Freeze[i], err = filepath.Abs(m); err != nil {
+			return v, fmt.Errorf("find %s: %w", m, err)
+		}
+	}
+	if len(t.Freeze) > 0 {
+		if err := c.call(ctx, "POST", "/freeze", FreezeRequest{t.Freeze}, nil); err != nil {
+			return v, err
+		}
+	}
+	if t.After != "" {
+		defer func() { err = errors.Join(err, around(context.WithoutCancel(ctx), "--after", t.After)) }()
+	}
+	if t.Before != "" {
+		if err := around(ctx, "--before", t.Before); err != nil {
+			return v, err
+		}
+	}
+	return c.takeFrozen(ctx, t)
+}
+
+func (c *Client) takeFrozen(ctx context.Context, t Taking) (v SnapshotInfo, err error) {
+	if len(t.Freeze) == 0 {
+		return c.TakeSnapshot(ctx, SnapshotRequest{t.Name, t.Devices, t.TTL})
+	}
+	f, err := startFreezer(t.Freeze)
+	if err != nil {
+		return v, err
+	}
+	v, err = c.TakeSnapshot(ctx, SnapshotRequest{t.Name, t.Devices, t.TTL})
+	thawed := f.thaw()
+	if err == nil && thawed != nil {
+		err = c.DestroySnapshots(context.WithoutCancel(ctx), []string{v.Name}, true)
+	}
+	return v, errors.Join(err, thawed)
+}
+
+// around runs a command of the user's. What it prints goes to stderr: stdout is for
+// the snapshot's name.
+func around(ctx context.Context, flag, command string) error {
+	cmd := exec.CommandContext(ctx, "sh", "-c", command)
+	cmd.Stdout, cmd.Stderr = os.Stderr, os.Stderr
+	if err := cmd.Run(); err != nil {
+		return fmt.Errorf("%s %q: %w", flag, command, err)
+	}
+	return nil
+}

@@ -1,0 +1,166 @@
+// What goes around the instant of a snapshot: frozen file systems, commands, and
+// the end of a snapshot's time.
+
+package test
+
+import (
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// isFrozen says whether a write to the file system at point waits. It leaves a
+// process behind that ends when the file system is thawed.
+func isFrozen(t *testing.T, point string) bool {
+	t.Helper()
+	done := make(chan error, 1)
+	go func() { done <- os.WriteFile(filepath.Join(point, "probe"), []byte("x"), 0o600) }()
+	select {
+	case err := <-done:
+		if err != nil {
+			t.Fatal(err)
+		}
+		return false
+	case <-time.After(200 * time.Millisecond):
+		t.Cleanup(func() { <-done })
+		return true
+	}
+}
+
+// thawAtEnd sees to it that a failing test leaves nothing frozen behind.
+func thawAtEnd(t *testing.T, point string) {
+	t.Helper()
+	f, err := os.Open(point)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		const fiThaw = 0xC0045878 // FITHAW of linux/fs.h
+		unix.IoctlSetInt(int(f.Fd()), fiThaw, 0)
+		f.Close()
+	})
+}
+
+func TestFreeze(t *testing.T) {
+	needRoot(t)
+	d, _ := serveOrigin(t, 64*miB)
+	dev := attach(t, d, "vda")
+	run(t, "mkfs.ext4", "-q", "-F", dev)
+	point := mount(t, dev, "ext4", "")
+	thawAtEnd(t, point)
+	write(t, filepath.Join(point, "file"), []byte("content"))
+	d.blksnap("snapshot", "create", "clean", "--freeze", point)
+	check := filepath.Join(scratch(t), "check.img")
+	run(t, "cp", d.snapshot("clean", "vda.img"), check)
+	run(t, "e2fsck", "-fn", check)
+	if isFrozen(t, point) {
+		t.Error("the file system is still frozen")
+	}
+	for what, point := range map[string]string{
+		"the file system of the origin": d.dir,
+		"what cannot be frozen":         "/proc",
+		"what is not there":             "/nonexistent",
+	} {
+		if r := d.try("snapshot", "create", "no", "--freeze", point); r.status != 1 || strings.Count(r.stderr, "\n") != 1 {
+			t.Errorf("%s: status %d, %q; want status 1 and one line", what, r.status, r.stderr)
+		}
+	}
+	if exists(d.snapshot("no")) {
+		t.Error("a snapshot was taken")
+	}
+}
+
+// TestThaw freezes a file system that the daemon has nothing to do with, and then
+// the daemon or the command fails.
+func TestThaw(t *testing.T) {
+	needRoot(t)
+	d, _ := serveOrigin(t, 4*miB)
+	disk := filepath.Join(scratch(t), "other.img")
+	write(t, disk, nil)
+	if err := os.Truncate(disk, 16*miB); err != nil {
+		t.Fatal(err)
+	}
+	run(t, "mkfs.ext4", "-q", "-F", disk)
+	point := mount(t, loop(t, disk, false), "ext4", "")
+	thawAtEnd(t, point)
+
+	t.Run("the command is killed", func(t *testing.T) {
+		cmd := d.command("snapshot", "create", "killed", "--before", "kill -STOP "+pid(d), "--freeze", point)
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		defer d.cmd.Process.Signal(syscall.SIGCONT)
+		eventually(t, "the file system is frozen", func() bool { return isFrozen(t, point) })
+		cmd.Process.Kill()
+		cmd.Wait()
+		eventually(t, "the file system is thawed", func() bool { return !isFrozen(t, point) })
+	})
+	t.Run("the daemon hangs", func(t *testing.T) {
+		cmd := d.command("snapshot", "create", "late", "--before", "kill -STOP "+pid(d), "--freeze", point)
+		ended := make(chan result, 1)
+		go func() { ended <- endWithin(t, time.Minute, cmd) }()
+		eventually(t, "the file system is frozen", func() bool { return isFrozen(t, point) })
+		eventually(t, "the file system is thawed", func() bool { return !isFrozen(t, point) })
+		d.cmd.Process.Signal(syscall.SIGCONT)
+		r := <-ended
+		if r.status != 1 || !strings.Contains(r.stderr, "had to be thawed") {
+			t.Errorf("status %d: %s; want status 1 and that it had to be thawed", r.status, r.stderr)
+		}
+		if exists(d.snapshot("late")) {
+			t.Error("a snapshot stays whose file system was not frozen")
+		}
+	})
+}
+
+func pid(d *daemon) string { return strconv.Itoa(d.cmd.Process.Pid) }
+
+func TestCommandsAround(t *testing.T) {
+	needRoot(t)
+	d, _ := serveOrigin(t, 4*miB)
+	dir := scratch(t)
+	told := filepath.Join(dir, "told")
+	if got := d.blksnap("snapshot", "create", "a", "--before", "echo before >> "+told+"; echo noise",
+		"--after", "ls "+d.mount+"/snapshots >> "+told); got != "a" {
+		t.Errorf("snapshot create printed %q, want the name alone", got)
+	}
+	if got, want := read(t, told), "before\na\nlatest"; got != want {
+		t.Errorf("the commands left %q, want %q", got, want)
+	}
+	r := d.try("snapshot", "create", "b", "--before", "exit 3", "--after", "echo after >> "+told)
+	if r.status != 1 || !strings.Contains(r.stderr, "--before") {
+		t.Errorf("status %d, %q; want status 1 and what failed", r.status, r.stderr)
+	}
+	if exists(d.snapshot("b")) {
+		t.Error("a snapshot was taken though --before failed")
+	}
+	if !strings.HasSuffix(read(t, told), "after") {
+		t.Error("--after did not run after --before had failed")
+	}
+}
+
+func TestTimeToLive(t *testing.T) {
+	needRoot(t)
+	d, origin := serveOrigin(t, 4*miB)
+	d.blksnap("snapshot", "create", "short", "--ttl", "1s")
+	d.blksnap("snapshot", "create", "long", "--ttl", "1h")
+	open, err := os.Open(d.snapshot("short", "vda.img"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer open.Close()
+	d.kill() // the time goes on
+	d.start(origin)
+	eventually(t, "the snapshot's time is over", func() bool { return !exists(d.snapshot("short")) })
+	if !exists(d.snapshot("long")) {
+		t.Error("a snapshot ended before its time")
+	}
+	if r := d.try("snapshot", "create", "never", "--ttl", "-1s"); r.status != 1 && r.status != 2 {
+		t.Errorf("a negative time to live ends with status %d", r.status)
+	}
+}
