@@ -95,11 +95,11 @@ func (f *imageFile) Open(_ context.Context, flags uint32) (fs.FileHandle, uint32
 	if writes(flags) && !f.image.Writable() {
 		return nil, 0, syscall.EROFS
 	}
-	if err := f.image.Acquire(); err != nil {
+	use, err := f.tree.open.acquire(f.image)
+	if err != nil {
 		return nil, 0, f.tree.errno("open", f.Path(nil), err)
 	}
-	h := &imageHandle{f}
-	f.tree.open.add(h)
+	h := &imageHandle{f, use}
 	if writes(flags) {
 		return h, fuse.FOPEN_DIRECT_IO | fuse.FOPEN_PARALLEL_DIRECT_WRITES, 0
 	}
@@ -107,7 +107,10 @@ func (f *imageFile) Open(_ context.Context, flags uint32) (fs.FileHandle, uint32
 }
 
 // imageHandle is an open image.
-type imageHandle struct{ file *imageFile }
+type imageHandle struct {
+	file *imageFile
+	use  *use
+}
 
 // Read is the one way in which the content of images reaches the kernel. p is
 // one of go-fuse's pooled buffers, up to maxIO long.
@@ -189,8 +192,7 @@ func (h *imageHandle) Lseek(_ context.Context, off uint64, whence uint32) (uint6
 }
 
 func (h *imageHandle) Release(context.Context) syscall.Errno {
-	h.file.tree.open.remove(h)
-	h.file.image.Release()
+	h.use.release()
 	return 0
 }
 

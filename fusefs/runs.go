@@ -11,12 +11,6 @@ import (
 // batch is how many bytes of lines are formatted before they are handed on.
 const batch = 32 << 10
 
-// edition tells one text of runs from another without holding it.
-type edition struct {
-	size int64 // bytes
-	sum  uint64
-}
-
 // sumSeed is what the sums of this process begin with.
 var sumSeed = maphash.MakeSeed()
 

@@ -1,4 +1,4 @@
-// The directories since/: which lists of changes there are.
+// The directories since/: which lists of changes there are, and making them.
 
 package fusefs
 
@@ -27,7 +27,7 @@ func since(tr traits, tracking func() Tracking, changes func() Changes) item {
 		if !ok {
 			return nil
 		}
-		return &sinceFile{node: node{traits: file}, runs: runs}
+		return &madeFile{node: node{traits: file}, maker: sinceMaker{tr.tree, runs}, perm: textPerm}
 	}
 	return item{"since", syscall.S_IFDIR, func() entry { return d }}
 }
@@ -38,6 +38,11 @@ func runsOf(name string, now Tracking, changes func() Changes) (func() (iter.Seq
 	if name == "all" {
 		return func() (iter.Seq2[Run, error], error) { return changes().All(), nil }, true
 	}
+	return numOf(name, now, changes)
+}
+
+// numOf is runsOf for a number.
+func numOf(name string, now Tracking, changes func() Changes) (func() (iter.Seq2[Run, error], error), bool) {
 	num, ok := parseNum(name)
 	if !ok || num < now.Base() || num > now.Number() {
 		return nil, false
@@ -56,4 +61,30 @@ func runsOf(name string, now Tracking, changes func() Changes) (func() (iter.Seq
 func parseNum(name string) (uint64, bool) {
 	num, err := strconv.ParseUint(name, 10, 64)
 	return num, err == nil && strconv.FormatUint(num, 10) == name
+}
+
+// sinceMaker makes the text of a list of changes.
+type sinceMaker struct {
+	tree *Tree
+	runs func() (iter.Seq2[Run, error], error)
+}
+
+func (m sinceMaker) measure() (edition, error) {
+	runs, err := m.runs()
+	if err != nil {
+		return edition{}, err
+	}
+	return measure(runs)
+}
+
+func (m sinceMaker) fill() (content, edition, error) {
+	runs, err := m.runs()
+	if err != nil {
+		return nil, edition{}, err
+	}
+	t, e, err := m.tree.contents.fill(runs)
+	if err != nil {
+		return nil, edition{}, err
+	}
+	return t, e, nil
 }

@@ -210,10 +210,10 @@ func TestSinceErrors(t *testing.T) {
 	wantErrno(t, "stat after a failed read", err, syscall.EIO)
 
 	vda.set(manyRuns(10))
-	tree.texts.used.Store(textLimit)
+	tree.contents.used.Store(contentLimit)
 	_, err = os.Open(name)
-	wantErrno(t, "open beyond the limit of texts", err, syscall.ENOMEM)
-	tree.texts.used.Store(0)
+	wantErrno(t, "open beyond the limit of memory", err, syscall.ENOMEM)
+	tree.contents.used.Store(0)
 	checkContent(t, "after the errors", open(t, name), lines(t, must(manyRuns(10).Since(4))))
 
 	_, err = os.OpenFile(name, os.O_RDWR, 0)

@@ -2,33 +2,10 @@
 
 package fusefs
 
-import (
-	"bytes"
-	"fmt"
-	"sync/atomic"
-	"syscall"
-)
+import "bytes"
 
-const (
-	// textChunk is the unit in which texts are held, in bytes.
-	textChunk = 64 << 10
-
-	// textLimit bounds the memory for all texts that are open at once, in
-	// bytes. It is room for some 16 million lines.
-	textLimit = 512 << 20
-)
-
-// budget counts the bytes that texts hold.
-type budget struct{ used atomic.Int64 }
-
-// take adds n bytes; beyond textLimit it adds none and fails with ENOMEM.
-func (b *budget) take(n int64) error {
-	if used := b.used.Add(n); used > textLimit {
-		b.used.Add(-n)
-		return fmt.Errorf("hold %d bytes more of open texts: %w", n, syscall.ENOMEM)
-	}
-	return nil
-}
+// textChunk is the unit in which texts are held, in bytes.
+const textChunk = 64 << 10
 
 // text is a text that is written once and then read. It grows without being
 // copied, and ends no longer than it must be.
@@ -71,12 +48,13 @@ func (t *text) trim() {
 // free takes the text out of the budget. Nobody reads it any more.
 func (t *text) free() { t.budget.used.Add(-t.held) }
 
-// readAt fills p from off on and returns how many bytes there were.
-func (t *text) readAt(p []byte, off int64) int {
+// readAt fills p from off on and returns how many bytes there were. It does not
+// fail.
+func (t *text) readAt(p []byte, off int64) (int, error) {
 	n := 0
 	for n < len(p) && off < t.size {
 		m := copy(p[n:], t.chunks[off/textChunk][off%textChunk:])
 		n, off = n+m, off+int64(m)
 	}
-	return n
+	return n, nil
 }

@@ -38,7 +38,7 @@ func TestTextAgainstBytes(t *testing.T) {
 			off := rng.IntN(len(model) + 10)
 			p := make([]byte, rng.IntN(100000))
 			want := model[min(off, len(model)):min(off+len(p), len(model))]
-			if n := text.readAt(p, int64(off)); !bytes.Equal(p[:n], want) {
+			if n, _ := text.readAt(p, int64(off)); !bytes.Equal(p[:n], want) {
 				t.Fatalf("read of %d at %d of %d: %d bytes, want %d, or they differ", len(p), off, len(model), n, len(want))
 			}
 		}
@@ -53,14 +53,14 @@ func TestTextAgainstBytes(t *testing.T) {
 // what it had is given back.
 func TestTextLimit(t *testing.T) {
 	var b budget
-	b.used.Store(textLimit - 2*textChunk)
+	b.used.Store(contentLimit - 2*textChunk)
 	text := &text{budget: &b}
 	err := text.write(make([]byte, 3*textChunk))
 	if !errors.Is(err, syscall.ENOMEM) {
 		t.Errorf("write beyond the limit\n got %v\nwant %v", err, syscall.ENOMEM)
 	}
 	text.free()
-	if used := b.used.Load(); used != textLimit-2*textChunk {
-		t.Errorf("budget after free\n got %d\nwant %d", used, textLimit-2*textChunk)
+	if used := b.used.Load(); used != contentLimit-2*textChunk {
+		t.Errorf("budget after free\n got %d\nwant %d", used, contentLimit-2*textChunk)
 	}
 }

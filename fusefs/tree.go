@@ -37,17 +37,17 @@ type Options struct {
 
 // Tree is a mounted tree.
 type Tree struct {
-	src     Source
-	log     *slog.Logger
-	dir     string // absolute, without symbolic links
-	dev     string // of the mount: MAJOR:MINOR
-	owner   fuse.Owner
-	dirPerm uint32
-	server  *fuse.Server
-	top     *dir
-	texts   budget
-	open    openImages
-	gone    departures
+	src      Source
+	log      *slog.Logger
+	dir      string // absolute, without symbolic links
+	dev      string // of the mount: MAJOR:MINOR
+	owner    fuse.Owner
+	dirPerm  uint32
+	server   *fuse.Server
+	top      *dir
+	contents budget
+	open     openImages
+	gone     departures
 
 	done    chan struct{}  // closed when the kernel has unmounted the tree
 	serving sync.WaitGroup // the goroutines that serve and notify
@@ -71,7 +71,7 @@ func Mount(ctx context.Context, src Source, o Options) (*Tree, error) {
 		done:    make(chan struct{}),
 	}
 	t.gone.wake = make(chan struct{}, 1)
-	t.open.handles = map[*imageHandle]struct{}{}
+	t.open.uses = map[*use]struct{}{}
 	if o.AllowOther {
 		t.dirPerm = 0o755
 	}
