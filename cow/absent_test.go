@@ -180,3 +180,29 @@ func TestOverflowIsNotForgotten(t *testing.T) {
 		s.close(t)
 	}
 }
+
+// TestLayerCutShort cuts a layer that older images read through: they are lost, not
+// wrong, and the newer one lives on.
+func TestLayerCutShort(t *testing.T) {
+	for _, to := range []int64{1, tableHeader, tableNodes, memoryStep - 1} {
+		dir := newSiteDir(t)
+		s := openSite(t, dir, 64<<20, nil)
+		for k, name := range []string{"one", "two", "three"} {
+			s.take(t, name)
+			put(t, s.devs[0], byte(k+1), 0, siteSize)
+		}
+		layer := s.devs[0].layers[1].table.path
+		s.close(t)
+		if err := os.Truncate(layer, to); err != nil {
+			t.Fatal(err)
+		}
+		s = openSite(t, dir, 64<<20, nil)
+		for _, name := range []string{"one", "two"} {
+			if _, ok := s.snap[name].Image("a"); ok {
+				t.Errorf("a@%s is there, its layer was cut to %d bytes", name, to)
+			}
+		}
+		wantImage(t, s, "three", "a", bytes.Repeat([]byte{2}, siteSize))
+		s.close(t)
+	}
+}

@@ -3,7 +3,6 @@
 package cow
 
 import (
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -54,10 +53,17 @@ func openLayer(dir string, number uint64) (*layer, error) {
 		return nil, err
 	}
 	defer f.Close()
-	var b [tableHeader]byte
-	if _, err := f.ReadAt(b[:], 0); errors.Is(err, io.EOF) {
+	size, err := f.Seek(0, io.SeekEnd)
+	switch {
+	case err != nil:
+		return nil, err
+	case size == 0:
 		return nil, errBlank
-	} else if err != nil {
+	case size%memoryStep != 0: // it only grows, and by whole steps
+		return nil, fmt.Errorf("%w: layer %d is cut short, to %d bytes", ErrDamaged, number, size)
+	}
+	var b [tableHeader]byte
+	if _, err := f.ReadAt(b[:], 0); err != nil {
 		return nil, err
 	}
 	h, err := decodeLayerHeader(b[:])
