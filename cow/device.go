@@ -401,7 +401,11 @@ func (d *Device) TryRead(p []byte, off int64) error {
 // stable storage. Once it failed it fails for ever: the kernel drops what it
 // could not write, and tells only once.
 func (d *Device) Flush() error {
-	if err := d.flusher.flush(); err != nil {
+	err := d.flusher.flush()
+	if errors.Is(err, os.ErrClosed) {
+		return ErrStopping
+	}
+	if err != nil {
 		d.fail(fmt.Sprintf("flush: %v", cause(err)))
 		return fmt.Errorf("flush %s: %w", d.name, err)
 	}

@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"sync"
 	"syscall"
 
 	"github.com/google/uuid"
@@ -162,14 +163,44 @@ func cause(err error) error {
 type hostFile struct {
 	*os.File
 	block bool
+
+	// closing keeps the descriptor's number from going to another file while a
+	// system call is about to use it. Held shared during those that os.File does
+	// not make for us, for writing while the file is closed.
+	closing sync.RWMutex
+}
+
+// Close waits for the system calls under way.
+func (f *hostFile) Close() error {
+	f.closing.Lock()
+	defer f.closing.Unlock()
+	return f.File.Close()
+}
+
+// use calls fn, again where a signal interrupts it, with the file's descriptor.
+// os.ErrClosed where it has none any more.
+func (f *hostFile) use(fn func(fd int) error) error {
+	f.closing.RLock()
+	defer f.closing.RUnlock()
+	fd := f.Fd()
+	if fd == ^uintptr(0) {
+		return os.ErrClosed
+	}
+	for {
+		if err := fn(int(fd)); err != unix.EINTR {
+			return err
+		}
+	}
 }
 
 func (f *hostFile) tryReadAt(p []byte, off int64) error {
-	n, err := unix.Preadv2(int(f.Fd()), [][]byte{p}, off, unix.RWF_NOWAIT)
-	if err == nil && n < len(p) {
-		return syscall.EAGAIN
-	}
-	return err
+	return f.use(func(fd int) error {
+		n, err := unix.Preadv2(fd, [][]byte{p}, off, unix.RWF_NOWAIT)
+		if err == nil && n < len(p) {
+			return syscall.EAGAIN
+		}
+		return err
+	})
 }
 
 // tryWriteLimit is up to where a write into the page cache counts as one that
@@ -187,39 +218,46 @@ func (f *hostFile) tryWriteAt(p []byte, off int64) error {
 	return err
 }
 
-func (f *hostFile) sync() error {
-	for {
-		if err := unix.Fdatasync(int(f.Fd())); err != unix.EINTR {
-			return err
-		}
-	}
-}
+func (f *hostFile) sync() error { return f.use(unix.Fdatasync) }
 
 func (f *hostFile) zero(off, n int64, free bool) error {
 	mode := uint32(unix.FALLOC_FL_ZERO_RANGE)
 	if free {
 		mode = unix.FALLOC_FL_PUNCH_HOLE
 	}
-	for {
-		err := unix.Fallocate(int(f.Fd()), mode|unix.FALLOC_FL_KEEP_SIZE, off, n)
-		switch err {
-		case unix.EINTR:
-			continue
-		case unix.EINVAL: // a block device and a range that is not aligned to its sectors
-			return syscall.EOPNOTSUPP
-		}
-		return err
+	err := f.use(func(fd int) error { return unix.Fallocate(fd, mode|unix.FALLOC_FL_KEEP_SIZE, off, n) })
+	if err == unix.EINVAL { // a block device and a range that is not aligned to its sectors
+		return syscall.EOPNOTSUPP
 	}
+	return err
 }
 
 func (f *hostFile) next(off, end int64) (hole bool, to int64, err error) {
 	if f.block {
 		return false, end, nil
 	}
-	data, err := unix.Seek(int(f.Fd()), off, unix.SEEK_DATA)
+	err = f.use(func(fd int) (err error) {
+		// Again, where data became a hole between the two questions.
+		for to = off; to == off && err == nil; {
+			hole, to, err = seekRun(fd, off, end)
+		}
+		return err
+	})
+	return hole, to, err
+}
+
+// seekRun finds the end of the run that begins at off.
+func seekRun(fd int, off, end int64) (hole bool, to int64, err error) {
+	data, err := unix.Seek(fd, off, unix.SEEK_DATA)
 	switch {
 	case err == unix.ENXIO:
-		return true, end, nil
+		// Nothing but a hole up to the end of the file. What was cut off behind
+		// our back was data, for all we know.
+		size, err := unix.Seek(fd, 0, io.SeekEnd)
+		if err == nil && size < end {
+			err = io.ErrUnexpectedEOF
+		}
+		return true, end, err
 	case err == unix.EINVAL:
 		return false, end, nil
 	case err != nil:
@@ -227,15 +265,14 @@ func (f *hostFile) next(off, end int64) (hole bool, to int64, err error) {
 	case data > off:
 		return true, min(data, end), nil
 	}
-	to, err = unix.Seek(int(f.Fd()), off, unix.SEEK_HOLE)
-	if err != nil {
+	if to, err = unix.Seek(fd, off, unix.SEEK_HOLE); err != nil {
 		return false, off, err
 	}
 	return false, min(to, end), nil
 }
 
 func (f *hostFile) willNeed(off, n int64) {
-	unix.Fadvise(int(f.Fd()), off, n, unix.FADV_WILLNEED)
+	f.use(func(fd int) error { return unix.Fadvise(fd, off, n, unix.FADV_WILLNEED) })
 }
 
 func (f *hostFile) identify(fingerprint bool) (identity, error) {
@@ -251,7 +288,8 @@ func (f *hostFile) identify(fingerprint bool) (identity, error) {
 const endedAttr = "user.blksnap.ended"
 
 func (f *hostFile) noteEnded(generation uuid.UUID) error {
-	if err := unix.Fsetxattr(int(f.Fd()), endedAttr, []byte(generation.String()), 0); err != nil {
+	err := f.use(func(fd int) error { return unix.Fsetxattr(fd, endedAttr, []byte(generation.String()), 0) })
+	if err != nil {
 		return fmt.Errorf("set %s: %w", endedAttr, err)
 	}
 	return f.Sync()
@@ -259,7 +297,11 @@ func (f *hostFile) noteEnded(generation uuid.UUID) error {
 
 func (f *hostFile) ended() (uuid.UUID, error) {
 	var b [36]byte
-	n, err := unix.Fgetxattr(int(f.Fd()), endedAttr, b[:])
+	var n int
+	err := f.use(func(fd int) (err error) {
+		n, err = unix.Fgetxattr(fd, endedAttr, b[:])
+		return err
+	})
 	if err != nil {
 		return uuid.Nil, err
 	}
