@@ -109,7 +109,8 @@ func (m *memory) back(from, to int64) error {
 		return unix.Mprotect(m.reserved[from:to], unix.PROT_READ|unix.PROT_WRITE)
 	}
 	// A hole in the file would be filled at the first touch, or kill us then.
-	if err := unix.Fallocate(int(m.file.Fd()), 0, from, to-from); err != nil {
+	fill := func() error { return unix.Fallocate(int(m.file.Fd()), 0, from, to-from) }
+	if err := retry(fill); err != nil {
 		if !errors.Is(err, unix.EOPNOTSUPP) {
 			return err
 		}
@@ -121,6 +122,16 @@ func (m *memory) back(from, to int64) error {
 	_, err := unix.MmapPtr(int(m.file.Fd()), from, unsafe.Pointer(&m.reserved[from]), uintptr(to-from),
 		unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_FIXED)
 	return err
+}
+
+// retry calls fn again where a signal interrupts it. The runtime sends itself many,
+// and on tmpfs fallocate gives up at the first (before Linux 6.10).
+func retry(fn func() error) error {
+	for {
+		if err := fn(); err != unix.EINTR {
+			return err
+		}
+	}
 }
 
 // fillFile is fallocate for file systems without it: what was never written is

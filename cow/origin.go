@@ -186,11 +186,7 @@ func (f *hostFile) use(fn func(fd int) error) error {
 	if fd == ^uintptr(0) {
 		return os.ErrClosed
 	}
-	for {
-		if err := fn(int(fd)); err != unix.EINTR {
-			return err
-		}
-	}
+	return retry(func() error { return fn(int(fd)) })
 }
 
 func (f *hostFile) tryReadAt(p []byte, off int64) error {
