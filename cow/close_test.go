@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -214,4 +215,92 @@ func TestCloseWhileTheGenerationEnds(t *testing.T) {
 		t.Error("the gate of a closed device is open")
 	}
 	h.close()
+}
+
+// TestCloseEndsFold checks that closing does not wait for all of a fold.
+func TestCloseEndsFold(t *testing.T) {
+	const chunksEach = 8
+	h := newHome(t, chunksEach*chunkSize)
+	h.open()
+	each := func(block int64, v byte) {
+		for c := range chunkNo(chunksEach) {
+			put(t, h.dev, v, c.off()+block*blockSize, blockSize)
+		}
+	}
+	put(t, h.dev, 1, 0, h.size)
+	h.take("a")
+	each(1, 2)
+	between := h.take("between")
+	each(2, 3) // in the same chunks: slots are joined
+	h.take("c")
+	var copies atomic.Int32
+	entered, release := make(chan struct{}), make(chan struct{})
+	h.part.hook(func(op string, off, n int64) error {
+		if op == "write" && copies.Add(1) == 1 {
+			close(entered)
+			<-release
+		}
+		return nil
+	})
+	destroyed := begin(func() error { return between.Destroy(false) })
+	<-entered
+	closed := begin(h.dev.Close)
+	<-h.dev.stop
+	close(release)
+	if err := errors.Join(<-closed, <-destroyed); err != nil {
+		t.Error(err)
+	}
+	if got := copies.Load(); got != 1 {
+		t.Errorf("%d of %d chunks were copied, want only the one that was under way", got, chunksEach)
+	}
+	h.close()
+	snaps := h.open()
+	want(t, image(t, snaps["a"], "vda"), 1, 0, h.size)
+	if err := Check(h.pool, h.dev); err != nil {
+		t.Error(err)
+	}
+	h.close()
+}
+
+// TestFoldGivesUpOnHangingStore checks that a fold waits for a store that hangs
+// once, and not for each of its chunks.
+func TestFoldGivesUpOnHangingStore(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const chunksEach = 8
+		r := newEmptyRig(t)
+		p := r.add(16<<20, true)
+		d := r.addDevice("d0", chunksEach*chunkSize, Config{})
+		each := func(block int64, v byte) {
+			for c := range chunkNo(chunksEach) {
+				put(t, d, v, c.off()+block*blockSize, blockSize)
+			}
+		}
+		put(t, d, 1, 0, d.Size())
+		a := r.take("a")
+		each(1, 2)
+		between := r.take("between")
+		each(2, 3)
+		r.take("c")
+		release := make(chan struct{})
+		p.hook(func(op string, off, n int64) error {
+			if op == "write" {
+				<-release
+			}
+			return nil
+		})
+		start := time.Now()
+		r.destroy(between)
+		if !d.settle(time.Hour) {
+			t.Error("the fold does not end")
+		}
+		if got := time.Since(start); got != 10*time.Second {
+			t.Errorf("the fold ended after %v, want 10s", got)
+		}
+		want(t, image(t, a, "d0"), 1, 0, d.Size())
+		p.hook(nil)
+		close(release)
+		synctest.Wait()
+		want(t, image(t, a, "d0"), 1, 0, d.Size())
+		r.stuck = blockSize // what the slot that was to grow holds
+	})
 }

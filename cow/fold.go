@@ -48,13 +48,23 @@ func (d *Device) nextFold(kept *layer) (older, l *layer) {
 	return nil, nil
 }
 
-// fold moves the words of l to older, and says whether all of them went.
+// fold moves the words of l to older, and says whether all of them went. It ends
+// early where the device stops, and where the snapstore hangs: one deadline is
+// enough to learn that.
 func (d *Device) fold(older, l *layer, s *scrap) bool {
 	all := true
 	for c, w := range l.table.from(0) {
+		select {
+		case <-d.stop:
+			return false
+		default:
+		}
 		err := d.foldChunk(older.table, c, w, s)
 		if errors.Is(err, store.ErrFull) && d.giveUp(s) {
 			err = d.foldChunk(older.table, c, w, s) // now with what was useless before
+		}
+		if errors.Is(err, errStuck) {
+			return false
 		}
 		if err != nil {
 			all = false
