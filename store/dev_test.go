@@ -171,6 +171,35 @@ func TestDevDiscards(t *testing.T) {
 	}
 }
 
+// TestDevThatCannotDiscard: what is free stays where it is, and can be used.
+func TestDevThatCannotDiscard(t *testing.T) {
+	if !inNamespace(t) {
+		return
+	}
+	file := mountPlain(t)
+	if err := os.Truncate(file, 4<<20); err != nil {
+		t.Fatal(err)
+	}
+	part, err := OpenDev(loopDevice(t, file), false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := newModel(t, newRand(t), openPool(t, part))
+	for range 500 {
+		m.step()
+	}
+	for len(m.slots) > 0 {
+		m.free()
+	}
+	if err := m.p.Discard(); err != nil {
+		t.Errorf("Discard: %v", err)
+	}
+	m.check()
+	if !part.(*devPart).noDiscard.Load() {
+		t.Errorf("the device goes on being asked to discard")
+	}
+}
+
 // syncFile waits until what was written to a part is on its disk.
 func syncFile(t testing.TB, part Part) {
 	t.Helper()

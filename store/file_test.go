@@ -268,12 +268,10 @@ func (*plainFile) Allocate(context.Context, fusefs.FileHandle, uint64, uint64, u
 
 func (*plainFile) Fsync(context.Context, fusefs.FileHandle, uint32) syscall.Errno { return 0 }
 
-// TestFileThatCannotPunch uses a file system, by FUSE, in which files have no
-// holes: there slots count whole, and keep their backing.
-func TestFileThatCannotPunch(t *testing.T) {
-	if !inNamespace(t) {
-		return
-	}
+// mountPlain mounts a file system with a plainFile, for use in a namespace, and
+// returns the path of the file.
+func mountPlain(t testing.TB) string {
+	t.Helper()
 	dir := t.TempDir()
 	root := &fusefs.Inode{}
 	server, err := fusefs.Mount(dir, root, &fusefs.Options{
@@ -291,7 +289,16 @@ func TestFileThatCannotPunch(t *testing.T) {
 			t.Errorf("unmount: %v", err)
 		}
 	})
-	part, err := OpenFile(filepath.Join(dir, "store"), 4<<20, false)
+	return filepath.Join(dir, "store")
+}
+
+// TestFileThatCannotPunch uses a file system, by FUSE, in which files have no
+// holes: there slots count whole, and keep their backing.
+func TestFileThatCannotPunch(t *testing.T) {
+	if !inNamespace(t) {
+		return
+	}
+	part, err := OpenFile(mountPlain(t), 4<<20, false)
 	if err != nil {
 		t.Fatal(err)
 	}
