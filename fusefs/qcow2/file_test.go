@@ -156,6 +156,9 @@ func TestSum(t *testing.T) {
 		return e
 	}
 	one := sum(Run{0, 8192, false})
+	if a, b := sum(Run{0, 4096, false}, Run{4096, 4096, true}), sum(Run{0, 4096, true}, Run{4096, 4096, false}); a == b {
+		t.Errorf("data and zero, zero and data: both %v", a)
+	}
 	if same := sum(Run{0, 4096, false}, Run{4096, 4096, false}); same != one {
 		t.Errorf("the same clusters in two runs\n got %v\nwant %v", same, one)
 	}

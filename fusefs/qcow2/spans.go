@@ -65,16 +65,13 @@ func (m *merger) run(r Run, size int64, shift uint) bool {
 	if end == size {
 		wholeTo = to
 	}
-	if wholeFrom >= wholeTo {
-		return m.add(span{from, to, data})
-	}
 	return m.add(span{from, wholeFrom, data}) &&
 		m.add(span{wholeFrom, wholeTo, zero}) &&
 		m.add(span{wholeTo, to, data})
 }
 
-// add adds a span, which may be empty. Where it begins with the cluster that the
-// last one ends with, two runs share that cluster, and it is data in both.
+// add adds a span; to does not need to be above from. Where it begins with the
+// cluster that the last one ends with, that cluster is data in both.
 func (m *merger) add(s span) bool {
 	s.from = max(s.from, m.last.to)
 	switch {
