@@ -9,9 +9,9 @@
 //	node    a file or directory of the tree, from the kernel's first lookup
 //	        until the kernel forgets it
 //	live    said of a file whose content can change while its name stays: all
-//	        below /devices, every state, and all maps and lists of changes (a
-//	        write to the image of an older snapshot marks them); the others
-//	        are frozen
+//	        below /devices, every state, all maps and lists of changes, and
+//	        all qcow2 files (a write to the image of an older snapshot marks
+//	        them); the others are frozen
 //	keep    how long the kernel may use a name or attributes without asking
 //
 // # Invariants

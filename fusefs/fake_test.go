@@ -255,7 +255,6 @@ func (s *fakeSnapshot) Image(device string) (Image, bool) {
 
 // fakeImage has a hole where 4 KiB of its content are zero, as first found.
 type fakeImage struct {
-	changes   *fakeChanges
 	users     atomic.Int64
 	destroyed atomic.Bool
 	writable  bool
@@ -263,6 +262,7 @@ type fakeImage struct {
 
 	mu      sync.RWMutex
 	content []byte
+	changes *fakeChanges
 }
 
 const fakeBlock = 4096
@@ -372,7 +372,21 @@ func (im *fakeImage) Acquire() error {
 
 func (im *fakeImage) Release() { im.users.Add(-1) }
 
-func (im *fakeImage) Changes() Changes { return im.changes }
+func (im *fakeImage) Changes() Changes {
+	im.mu.RLock()
+	defer im.mu.RUnlock()
+	return im.changes
+}
+
+// mark marks a tracking block in the frozen map, as a write to a writable image
+// does.
+func (im *fakeImage) mark(block int64) {
+	im.mu.Lock()
+	defer im.mu.Unlock()
+	c := im.changes.clone()
+	c.m[block] = byte(c.number - c.base)
+	im.changes = c
+}
 
 // fakeChanges never change; whoever changes something makes a clone.
 type fakeChanges struct {
@@ -381,6 +395,7 @@ type fakeChanges struct {
 	number, base  uint64
 	numbers       []uint64
 	m             []byte
+	content       []byte        // says which runs are zero, if not nil
 	reads         *atomic.Int64 // counts the passes over the runs, if not nil
 	fail          error         // after the last run
 }
@@ -406,9 +421,22 @@ func (c *fakeChanges) Since(num uint64) (iter.Seq2[Run, error], bool) {
 	return c.runs(func(b byte) bool { return uint64(b)+c.base > num && b != 0 }), true
 }
 
-func (c *fakeChanges) All() iter.Seq2[Run, error] { return c.runs(func(byte) bool { return true }) }
+func (c *fakeChanges) All() iter.Seq2[Run, error] {
+	all := c.runs(func(byte) bool { return true })
+	if c.content == nil {
+		return all
+	}
+	return func(yield func(Run, error) bool) {
+		for r, err := range all {
+			if (err != nil || !r.Zero) && !yield(r, err) {
+				return
+			}
+		}
+	}
+}
 
-// runs yields the runs of tracking blocks that match, every third of them zero.
+// runs yields the runs of tracking blocks that match. Those are cut where content
+// begins or ends to be zero; without content every third is zero.
 func (c *fakeChanges) runs(match func(byte) bool) iter.Seq2[Run, error] {
 	return func(yield func(Run, error) bool) {
 		if c.reads != nil {
@@ -424,8 +452,10 @@ func (c *fakeChanges) runs(match func(byte) bool) iter.Seq2[Run, error] {
 			}
 			off := int64(first) * c.block
 			end := min(int64(b)*c.block, c.device)
-			if !yield(Run{off, end - off, count%3 == 2}, nil) {
-				return
+			for _, r := range c.cut(Run{off, end - off, count%3 == 2}) {
+				if !yield(r, nil) {
+					return
+				}
 			}
 			count++
 		}
@@ -433,6 +463,23 @@ func (c *fakeChanges) runs(match func(byte) bool) iter.Seq2[Run, error] {
 			yield(Run{}, c.fail)
 		}
 	}
+}
+
+// cut returns r in pieces of one kind each.
+func (c *fakeChanges) cut(r Run) (pieces []Run) {
+	if c.content == nil {
+		return []Run{r}
+	}
+	for off := r.Off; off < r.Off+r.N; off += fakeBlock {
+		n := min(fakeBlock, r.Off+r.N-off)
+		zero := !slices.ContainsFunc(c.content[off:off+n], func(b byte) bool { return b != 0 })
+		if last := len(pieces) - 1; last >= 0 && pieces[last].Zero == zero {
+			pieces[last].N += n
+			continue
+		}
+		pieces = append(pieces, Run{off, n, zero})
+	}
+	return pieces
 }
 
 // lines is what since/NUM must say.

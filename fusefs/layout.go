@@ -79,9 +79,14 @@ func (t *Tree) snapshot(snap Snapshot) *dir {
 	d.list = func() []fuse.DirEntry {
 		names := own.list()
 		for _, device := range snap.Images() {
-			for _, it := range imageItems(frozen, snap, device) {
+			image, ok := snap.Image(device)
+			if !ok {
+				continue
+			}
+			for _, it := range imageItems(frozen, device, image) {
 				names = append(names, fuse.DirEntry{Name: it.name, Mode: it.kind})
 			}
+			names = append(names, increments(device, image)...)
 		}
 		return names
 	}
@@ -91,8 +96,12 @@ func (t *Tree) snapshot(snap Snapshot) *dir {
 		}
 		// A device's name can have dots, and even end in .img: what stands
 		// before the last dot is the device, and only that.
-		dot := max(0, strings.LastIndexByte(name, '.'))
-		for _, it := range imageItems(frozen, snap, name[:dot]) {
+		device := name[:max(0, strings.LastIndexByte(name, '.'))]
+		image, ok := snap.Image(device)
+		if !ok {
+			return increment(frozen, snap, name)
+		}
+		for _, it := range imageItems(frozen, device, image) {
 			if it.name == name {
 				return it.make()
 			}
@@ -102,17 +111,13 @@ func (t *Tree) snapshot(snap Snapshot) *dir {
 	return d
 }
 
-// imageItems returns the items that one image adds to its snapshot's directory;
-// none if the snapshot has no image of device.
-func imageItems(tr traits, snap Snapshot, device string) []item {
-	image, ok := snap.Image(device)
-	if !ok {
-		return nil
-	}
+// imageItems returns the items that one image adds to its snapshot's directory.
+func imageItems(tr traits, device string, image Image) []item {
 	tracking := func() Tracking { return image.Changes() }
 	return []item{
 		changes(tr, device+".cbt", tracking, image.Changes),
 		imageItem(tr, device+".img", image),
+		fullItem(tr, device, image),
 		line(tr.state(), device+".state", image.State),
 	}
 }

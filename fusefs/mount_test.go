@@ -254,31 +254,35 @@ func wait(t testing.TB, what string, c <-chan struct{}) {
 	}
 }
 
-// TestUnmountInUse unmounts while an image is open: the open file gets errors,
-// and the image is released, so that its snapshot can be destroyed.
+// TestUnmountInUse unmounts while a file of an image is open: the open file gets
+// errors, and the image is released, so that its snapshot can be destroyed.
 func TestUnmountInUse(t *testing.T) {
-	src := newFakeSource()
-	src.add("vda", make([]byte, 1<<20))
-	src.Take("one")
-	tree, dir := mountFake(t, src)
-	f := open(t, filepath.Join(dir, "snapshots/one/vda.img"))
-	p := make([]byte, 4096)
-	if _, err := f.ReadAt(p, 0); err != nil {
-		t.Fatal(err)
-	}
-	wantErrno(t, "destroy while it is open", src.Destroy("one"), syscall.EBUSY)
+	for _, name := range []string{"vda.img", "vda.qcow2"} {
+		t.Run(name, func(t *testing.T) {
+			src := newFakeSource()
+			src.add("vda", make([]byte, 1<<20))
+			src.Take("one")
+			tree, dir := mountFake(t, src)
+			f := open(t, filepath.Join(dir, "snapshots/one", name))
+			p := make([]byte, 4096)
+			if _, err := f.ReadAt(p, 0); err != nil {
+				t.Fatal(err)
+			}
+			wantErrno(t, "destroy while it is open", src.Destroy("one"), syscall.EBUSY)
 
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
-	defer cancel()
-	if err := tree.Unmount(ctx); err != nil {
-		t.Fatal(err)
-	}
-	wait(t, "Done", tree.Done())
-	if _, err := f.ReadAt(p, 0); err == nil {
-		t.Error("a read after unmount succeeds")
-	}
-	if err := src.Destroy("one"); err != nil {
-		t.Errorf("destroy after unmount: %v", err)
+			ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+			defer cancel()
+			if err := tree.Unmount(ctx); err != nil {
+				t.Fatal(err)
+			}
+			wait(t, "Done", tree.Done())
+			if _, err := f.ReadAt(p, 0); err == nil {
+				t.Error("a read after unmount succeeds")
+			}
+			if err := src.Destroy("one"); err != nil {
+				t.Errorf("destroy after unmount: %v", err)
+			}
+		})
 	}
 }
 

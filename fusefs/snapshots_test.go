@@ -127,7 +127,7 @@ func TestRefusals(t *testing.T) {
 // TestDeviceNamesWithDots has devices whose names look like the files of others.
 func TestDeviceNamesWithDots(t *testing.T) {
 	src := newFakeSource()
-	names := []string{"a", "a.img", "a.cbt", "a.state", "created", "state", "a.b.c"}
+	names := []string{"a", "a.img", "a.cbt", "a.state", "a.qcow2", "created", "state", "a.b.c"}
 	for i, name := range names {
 		src.add(name, bytes.Repeat([]byte{byte('0' + i)}, 512))
 	}
@@ -139,9 +139,12 @@ func TestDeviceNamesWithDots(t *testing.T) {
 		if got != want {
 			t.Errorf("image, state and number of %s\n got %q\nwant %q", name, got, want)
 		}
+		// The last cluster of the full one is the image, that of the increment
+		// is no data.
+		run(t, dir+"/snapshots/one", "tail -c 65536 %s.qcow2 | cmp -n 512 - %s.img && ! cmp -s -n 512 %s@1.qcow2 %s.qcow2", name, name, name, name)
 	}
-	if got := strings.Count(run(t, dir, "ls snapshots/one"), "\n"); got != 2+3*len(names) {
-		t.Errorf("files of the snapshot: got %d, want %d", got, 2+3*len(names))
+	if got := strings.Count(run(t, dir, "ls snapshots/one"), "\n"); got != 2+5*len(names) {
+		t.Errorf("files of the snapshot: got %d, want %d", got, 2+5*len(names))
 	}
 }
 

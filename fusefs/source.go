@@ -131,8 +131,9 @@ type Changes interface {
 	All() iter.Seq2[Run, error]
 }
 
-// Run is a line of since/NUM.
-type Run struct {
+// Run is a line of since/NUM. Zero says that it must be zeroed in the copy and
+// need not be read. It is an alias so that package qcow2 need not name this one.
+type Run = struct {
 	Off, N int64
-	Zero   bool // must be zeroed in the copy, need not be read
+	Zero   bool
 }

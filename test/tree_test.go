@@ -31,6 +31,7 @@ func TestTree(t *testing.T) {
 		}
 		want = append(want, cbtFiles(live+"/cbt", number(device))...)
 		want = append(want, image+".img", image+".state", image+".cbt")
+		want = append(want, image+".qcow2", image+"@"+number(device)+".qcow2")
 		want = append(want, cbtFiles(image+".cbt", number(device))...)
 	}
 	got := strings.Fields(run(t, "find", d.mount, "-mindepth", "1", "-printf", "%P\n"))
@@ -86,7 +87,7 @@ func cbtFiles(dir, number string) (paths []string) {
 // stat shows, and ends in a newline where it is not empty.
 func checkText(t *testing.T, tree string) {
 	t.Helper()
-	files := run(t, "find", tree, "-type", "f", "!", "-name", "*.img", "!", "-name", "map")
+	files := run(t, "find", tree, "-type", "f", "!", "-name", "*.img", "!", "-name", "*.qcow2", "!", "-name", "map")
 	for path := range strings.Lines(files + "\n") {
 		path = strings.TrimSuffix(path, "\n")
 		st, err := os.Stat(path)
