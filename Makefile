@@ -59,7 +59,7 @@ lint: build ## check format and common mistakes
 	@test -z "$$(gofmt -l .)" || { echo "not formatted:"; gofmt -l .; exit 1; }
 	go vet ./...
 	$(STATICCHECK) ./...
-	@if command -v shellcheck > /dev/null; then shellcheck .ci/run test/*.sh test/vm/*.sh; \
+	@if command -v shellcheck > /dev/null; then shellcheck .ci/run docs/*.sh test/*.sh test/vm/*.sh; \
 	 else echo "shellcheck is not installed: the scripts were not checked"; fi
 
 .PHONY: bench
