@@ -32,6 +32,7 @@ type place uint64
 const (
 	inOrigin place = 0
 	isZero   place = 1
+	nowhere  place = 1<<64 - 1 // of a block that was not looked for yet
 	// Any other is a block in a slot: slot * blocksPerChunk + block, so that
 	// blocks that are neighbours in the snapstore have places that are.
 )
@@ -89,19 +90,22 @@ func (i *Image) read(l *lookup, p []byte, off int64) error {
 	first := off >> blockShift
 	n := int((off+int64(len(p))-1)>>blockShift-first) + 1
 	was, is := l.was[:n], l.is[:n]
-	l.chain = i.chain(l.chain[:0])
-	locate(l.chain, is, off, int64(len(p)))
-	// In the first round nothing was read yet.
-	moved := func(int) bool { return true }
+	for b := range was {
+		was[b] = nowhere
+	}
 	for {
+		// Each time, because there may be a new layer, with blocks that were
+		// overwritten meanwhile.
+		l.chain = i.chain(l.chain[:0])
+		locate(l.chain, is, off, int64(len(p)))
 		again := false
 		for b := 0; b < n; {
-			if !moved(b) {
+			if is[b] == was[b] {
 				b++
 				continue
 			}
 			end := b + 1
-			for end < n && moved(end) && is[end-1].follows(is[end]) {
+			for end < n && is[end] != was[end] && is[end-1].follows(is[end]) {
 				end++
 			}
 			if err := i.readRun(p, off, first+int64(b), first+int64(end), is[b]); err != nil {
@@ -114,10 +118,6 @@ func (i *Image) read(l *lookup, p []byte, off int64) error {
 			return nil
 		}
 		was, is = is, was
-		// There may be a new layer, with blocks that were overwritten meanwhile.
-		l.chain = i.chain(l.chain[:0])
-		locate(l.chain, is, off, int64(len(p)))
-		moved = func(b int) bool { return was[b] != is[b] }
 	}
 }
 
