@@ -147,7 +147,7 @@ func TestCommandsAround(t *testing.T) {
 func TestTimeToLive(t *testing.T) {
 	needRoot(t)
 	d, origin := serveOrigin(t, 4*miB)
-	d.blksnap("snapshot", "create", "short", "--ttl", "1s")
+	d.blksnap("snapshot", "create", "short", "--ttl", "10s")
 	d.blksnap("snapshot", "create", "long", "--ttl", "1h")
 	open, err := os.Open(d.snapshot("short", "vda.img"))
 	if err != nil {
