@@ -115,6 +115,7 @@ type Exports interface {
 	// live device, where there is only one. release is called once, after the
 	// connection's last request has ended. Errors: ENOENT for an unknown name,
 	// ESHUTDOWN for one on its way out; the error's text is sent to the client.
+	// ctx ends with the time that the client has for its handshake.
 	Open(ctx context.Context, name string, client string) (e Export, err error)
 }
 

@@ -162,16 +162,8 @@ func TestSlowReader(t *testing.T) {
 	}
 	for name, one := range requests {
 		for range 4 {
-			c := silent(t, addr)
-			flood := bytes.Repeat(one, max(1, (64<<10)/len(one)))
-			for {
-				c.conn.SetWriteDeadline(time.Now().Add(50 * time.Millisecond))
-				if _, err := c.conn.Write(flood); err != nil {
-					if !isTimeout(err) {
-						t.Errorf("%s: %v", name, err)
-					}
-					break
-				}
+			if err := flood(t, silent(t, addr), one); !isTimeout(err) {
+				t.Errorf("%s: %v", name, err)
 			}
 		}
 	}
@@ -181,6 +173,18 @@ func TestSlowReader(t *testing.T) {
 	c.disconnect()
 	if got, limit := heap()-before, int64(200<<20); got > limit {
 		t.Errorf("heap of %d clients that do not read\n got %d MiB more\nwant %d at most", 4*len(requests), got>>20, limit>>20)
+	}
+}
+
+// flood sends a request again and again until the server takes no more.
+func flood(t *testing.T, c *client, one []byte) error {
+	t.Helper()
+	many := bytes.Repeat(one, max(1, (64<<10)/len(one)))
+	for {
+		c.conn.SetWriteDeadline(time.Now().Add(50 * time.Millisecond))
+		if _, err := c.conn.Write(many); err != nil {
+			return err
+		}
 	}
 }
 

@@ -100,7 +100,7 @@ func (s *session) receive(p []byte) (int, error) {
 			return 0, err
 		case stopping && s.lease.idle():
 			return 0, errStopped
-		case !stopping && !s.server.stopping.Load() && s.lease.idle():
+		case !stopping && !s.server.stopping.Load() && s.lease.idle() && s.sender.quiet():
 			return 0, errIdle
 		}
 	}

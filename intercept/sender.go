@@ -143,6 +143,13 @@ func (w *sender) writeNow(p []byte) bool {
 	return err == nil
 }
 
+// quiet says that there is nothing to write and nobody writes.
+func (w *sender) quiet() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return !w.busy
+}
+
 // limit sets the time that the next write may take.
 func (w *sender) limit() {
 	if w.timeout > 0 {

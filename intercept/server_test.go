@@ -123,6 +123,45 @@ func TestShutdownCutsOff(t *testing.T) {
 	exports.waitReleased("disk")
 }
 
+// TestShutdownWithDeadPeer stops a server whose client has stopped reading, so
+// that a reply can never be written: Shutdown ends with ctx all the same, and
+// then the connection has no more hold on the export.
+func TestShutdownWithDeadPeer(t *testing.T) {
+	dev := newMemory(8 << 20)
+	dev.data[0] = 1 // not a hole
+	exports := newShelf(map[string]Device{"disk": dev})
+	s, addr := startServer(t, Options{Exports: exports})
+	flood(t, silent(t, addr), (&client{}).appendRequest(nil, request{typ: NBD_CMD_READ, flags: NBD_CMD_FLAG_DF, n: 4 << 20}))
+	ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
+	defer cancel()
+	if err := s.Shutdown(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("Shutdown\n got %v\nwant %v", err, context.DeadlineExceeded)
+	}
+	exports.waitReleased("disk")
+}
+
+// TestDisconnectRequest sends DISC while a request is in the device: it is
+// answered, then the connection ends.
+func TestDisconnectRequest(t *testing.T) {
+	for _, st := range styles {
+		dev, entered, release := gated("read")
+		c := connect(t, serveDevice(t, dev), st, "disk")
+		x := c.start(request{typ: NBD_CMD_READ, n: 4096}, nil)
+		<-entered
+		c.write(c.appendRequest(nil, request{typ: NBD_CMD_DISC}))
+		select {
+		case <-c.ended:
+			t.Errorf("style %v: the connection ended with a request in flight", st)
+		case <-time.After(20 * time.Millisecond):
+		}
+		close(release)
+		if <-x.done; x.err != nil || x.errno != 0 {
+			t.Errorf("style %v: request in flight\n got %d, %v\nwant success", st, x.errno, x.err)
+		}
+		<-c.ended
+	}
+}
+
 // TestGone destroys an export while its client has a request in it and more
 // come: these are refused, and the export is released when the device is empty
 // although the client stays.
@@ -300,6 +339,17 @@ func TestIdleTimeout(t *testing.T) {
 		t.Errorf("request in flight: %v", x.err)
 	}
 	<-busy.ended
+}
+
+// TestIdleReader checks that a client that takes none of its replies is dropped
+// after the same time.
+func TestIdleReader(t *testing.T) {
+	dev := newMemory(8 << 20)
+	dev.data[0] = 1
+	exports := newShelf(map[string]Device{"disk": dev})
+	_, addr := startServer(t, Options{Exports: exports, IdleTimeout: 50 * time.Millisecond})
+	flood(t, silent(t, addr), (&client{}).appendRequest(nil, request{typ: NBD_CMD_READ, flags: NBD_CMD_FLAG_DF, n: 4 << 20}))
+	exports.waitReleased("disk")
 }
 
 // TestSeveralListeners serves unix and TCP at once.
