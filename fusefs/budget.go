@@ -10,7 +10,7 @@ import (
 
 // contentLimit bounds the memory for all contents of files that are open at once,
 // in bytes. It is room for some 16 million lines of changes, or for the qcow2
-// files of sixteen devices of 16 TiB with every other tracking block changed.
+// files of fourteen devices of 16 TiB with every other tracking block changed.
 const contentLimit = 512 << 20
 
 // budget counts the bytes that contents hold.
