@@ -25,6 +25,8 @@ const (
 var (
 	errIdle    = errors.New("idle for too long") // Options.IdleTimeout
 	errStopped = errors.New("server stopped")
+
+	errNoReplies = errors.New("client takes no replies")
 )
 
 // fill reads until input holds n bytes, at most inputSize.

@@ -10,6 +10,7 @@ package intercept
 import (
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -18,12 +19,12 @@ import (
 type sender struct {
 	conn    net.Conn
 	timeout time.Duration // for one write; 0: none
+	dead    atomic.Bool   // a write has failed: nobody gets replies any more
 
 	// mu protects the fields below. Never held across I/O.
 	mu    sync.Mutex
 	idle  sync.Cond // busy became false
 	busy  bool      // somebody writes
-	err   error     // of the write that failed; nothing is written after it
 	queue []*buffer // to be sent, in this order
 	small []byte    // replies without data, sent after the queue
 
@@ -71,12 +72,12 @@ func (w *sender) writeLocked() {
 // drainLocked writes until nothing is left; the caller has set busy.
 func (w *sender) drainLocked() {
 	for len(w.queue) > 0 || len(w.small) > 0 {
-		queue, small, err := w.queue, w.small, w.err
+		queue, small := w.queue, w.small
 		w.queue, w.small = w.sentQueue[:0], w.sentSmall[:0]
 		w.mu.Unlock()
 
-		if err == nil {
-			err = w.write(queue, small)
+		if !w.dead.Load() {
+			w.write(queue, small)
 		}
 		for _, b := range queue {
 			b.free()
@@ -84,15 +85,14 @@ func (w *sender) drainLocked() {
 		clear(queue)
 
 		w.mu.Lock()
-		w.sentQueue, w.sentSmall, w.err = queue, small, err
+		w.sentQueue, w.sentSmall = queue, small
 	}
 	w.busy = false
 	w.idle.Signal()
 }
 
-// write sends the parts of all the buffers and then small. If it fails it
-// closes the connection, so that the reader notices.
-func (w *sender) write(queue []*buffer, small []byte) error {
+// write sends the parts of all the buffers and then small.
+func (w *sender) write(queue []*buffer, small []byte) {
 	parts := w.parts[:0]
 	for _, b := range queue {
 		parts = append(parts, b.parts...)
@@ -111,10 +111,16 @@ func (w *sender) write(queue []*buffer, small []byte) error {
 		_, err = w.vec.WriteTo(w.conn)
 	}
 	clear(parts)
+	w.check(err)
+}
+
+// check closes the connection if a write has failed, so that the reader
+// notices.
+func (w *sender) check(err error) {
 	if err != nil {
+		w.dead.Store(true)
 		w.conn.Close()
 	}
-	return err
 }
 
 // exclusive waits until nobody writes and lets only the caller write, with
@@ -130,16 +136,12 @@ func (w *sender) exclusive() {
 
 // writeNow writes p and says whether it could; the caller has called exclusive.
 func (w *sender) writeNow(p []byte) bool {
-	w.mu.Lock()
-	err := w.err
-	w.mu.Unlock()
-	if err != nil {
+	if w.dead.Load() {
 		return false
 	}
 	w.limit()
-	if _, err = w.conn.Write(p); err != nil {
-		w.conn.Close() // the next write fails at once
-	}
+	_, err := w.conn.Write(p)
+	w.check(err)
 	return err == nil
 }
 

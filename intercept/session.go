@@ -83,6 +83,10 @@ func (s *session) run() error {
 
 func (s *session) loop() error {
 	for {
+		if s.sender.dead.Load() {
+			// What is left in the input could be thousands of large reads.
+			return errNoReplies
+		}
 		size := s.style.requestSize()
 		if s.w-s.r < size {
 			if err := s.fill(size); err != nil {
