@@ -143,5 +143,5 @@ func (d *decoded) read(backing []byte) []byte {
 
 // content reads a whole file.
 func content(f *File) ([]byte, error) {
-	return io.ReadAll(io.NewSectionReader(f, 0, f.Size()))
+	return io.ReadAll(io.NewSectionReader(f, 0, f.at.end))
 }

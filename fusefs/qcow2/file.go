@@ -93,6 +93,3 @@ func (d Disk) fill(runs iter.Seq2[Run, error], shift uint, add func(span) error)
 	}
 	return sum.Sum64(), nil
 }
-
-// Size is that of the file in bytes.
-func (f *File) Size() int64 { return f.at.end }

@@ -82,8 +82,8 @@ func TestRandom(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if measured, err := d.Measure(each(runs...)); err != nil || measured != edition || edition.Size != f.Size() {
-			t.Fatalf("Measure of %d bytes, block %d, runs %v\n got %v, %v\nwant %v of %d bytes", size, block, runs, measured, err, edition, f.Size())
+		if measured, err := d.Measure(each(runs...)); err != nil || measured != edition || edition.Size != f.at.end {
+			t.Fatalf("Measure of %d bytes, block %d, runs %v\n got %v, %v\nwant %v of %d bytes", size, block, runs, measured, err, edition, f.at.end)
 		}
 		b, err := content(f)
 		if err != nil {
@@ -127,7 +127,7 @@ func checkKinds(t *testing.T, d *decoded, want []kind) {
 func checkPieces(t *testing.T, rng *rand.Rand, f *File, b []byte) {
 	t.Helper()
 	for range 10 {
-		off := rng.Int64N(f.Size() + 10)
+		off := rng.Int64N(f.at.end + 10)
 		p := bytes.Repeat([]byte{0xaa}, rng.IntN(len(b)+10))
 		if rng.IntN(2) == 0 {
 			p = p[:min(len(p), 1+rng.IntN(50))]
@@ -212,10 +212,10 @@ func TestErrors(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		p := make([]byte, f.Size())
+		p := make([]byte, f.at.end)
 		n, err := f.ReadAt(p, 0)
-		if int64(n) != f.Size()-4096 || err == nil || err == io.EOF {
-			t.Errorf("read of a %s image\n got %d, %v\nwant %d and an error", name, n, err, f.Size()-4096)
+		if int64(n) != f.at.end-4096 || err == nil || err == io.EOF {
+			t.Errorf("read of a %s image\n got %d, %v\nwant %d and an error", name, n, err, f.at.end-4096)
 		}
 	}
 }

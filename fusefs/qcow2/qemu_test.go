@@ -135,8 +135,8 @@ func save(t *testing.T, path string, d Disk, image io.ReaderAt, runs []Run) {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	if n, err := io.Copy(f, io.NewSectionReader(made, 0, made.Size())); err != nil || n != made.Size() {
-		t.Fatalf("copy %s: %d bytes, error %v, want %d", path, n, err, made.Size())
+	if n, err := io.Copy(f, io.NewSectionReader(made, 0, made.at.end)); err != nil || n != made.at.end {
+		t.Fatalf("copy %s: %d bytes, error %v, want %d", path, n, err, made.at.end)
 	}
 }
 
@@ -282,7 +282,7 @@ func TestLargest(t *testing.T) {
 			}
 			checkInfo(t, dir, "full", tc.size, tc.cluster)
 			p := make([]byte, 512)
-			if _, err := f.ReadAt(p, f.Size()-ceil(d.Size, tc.cluster)*tc.cluster+d.Size-512); err != nil || p[0] != tag(tc.size-512) {
+			if _, err := f.ReadAt(p, f.at.end-ceil(d.Size, tc.cluster)*tc.cluster+d.Size-512); err != nil || p[0] != tag(tc.size-512) {
 				t.Errorf("last sector of the full file\n got %d, %v\nwant %d", p[0], err, tag(tc.size-512))
 			}
 		})
