@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -342,14 +343,20 @@ func TestIdleTimeout(t *testing.T) {
 }
 
 // TestIdleReader checks that a client that takes none of its replies is dropped
-// after the same time.
+// after the same time, and that what it asked for by then is not read for
+// nobody.
 func TestIdleReader(t *testing.T) {
 	dev := newMemory(8 << 20)
 	dev.data[0] = 1
+	var reads atomic.Int64
+	dev.before = func(string, int64, int64) error { reads.Add(1); return nil }
 	exports := newShelf(map[string]Device{"disk": dev})
 	_, addr := startServer(t, Options{Exports: exports, IdleTimeout: 50 * time.Millisecond})
 	flood(t, silent(t, addr), (&client{}).appendRequest(nil, request{typ: NBD_CMD_READ, flags: NBD_CMD_FLAG_DF, n: 4 << 20}))
 	exports.waitReleased("disk")
+	if got := reads.Load(); got > 500 { // the input has room for 2340 requests
+		t.Errorf("reads\n got %d\nwant few", got)
+	}
 }
 
 // TestSeveralListeners serves unix and TCP at once.
