@@ -86,29 +86,40 @@ func (d *Device) preserveWindow(off, n int64, deadline time.Time, mayWait bool) 
 	d.lockChunks(first, last)
 	defer d.unlockChunks(first, last)
 
+	b := batches.Get().(*batch)
+	b.deadline = deadline
+	var err error
+	defer func() { b.done(err) }()
 	// Who had the locks before may have preserved the blocks, or may have waited
 	// in vain for the snapstore and broken the images: nobody needs them then.
-	s := d.shield.Load()
-	if s == nil {
-		return nil
+	for s := d.shield.Load(); s != nil; s = d.shield.Load() {
+		b.look(s, off, n)
+		err = d.preserveBatch(s.head().table, b)
+		if err == nil || mayWait && errors.Is(err, store.ErrFull) {
+			return err
+		}
+		if !errors.Is(err, store.ErrFull) {
+			for _, m := range b.missing {
+				d.lose(m.chunk, m.mask, err)
+			}
+			return nil
+		}
+		// Only the first found no room. Look what is missing for those who did not
+		// need it: it may be less, and find some.
+		d.lose(b.missing[0].chunk, b.missing[0].mask, err)
 	}
-	b := batches.Get().(*batch)
-	b.missing, b.deadline = b.missing[:0], deadline
+	return nil
+}
+
+// look finds what is missing of [off, off+n).
+func (b *batch) look(s *shield, off, n int64) {
+	b.missing = b.missing[:0]
 	head := s.head().table
 	for sp := range spans(off, n) {
 		if m := sp.mask() &^ s.mask(sp.chunk); m != 0 {
 			b.missing = append(b.missing, missing{chunk: sp.chunk, mask: m, word: head.load(sp.chunk)})
 		}
 	}
-	err := d.preserveBatch(head, b)
-	defer b.done(err)
-	if err == nil || mayWait && errors.Is(err, store.ErrFull) {
-		return err
-	}
-	for _, m := range b.missing {
-		d.lose(m.chunk, m.mask, err)
-	}
-	return nil
 }
 
 // shielded says whether no healthy image needs [off, off+n) to be preserved any
