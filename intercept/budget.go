@@ -9,7 +9,7 @@
 // network switches as dynamic thresholds.)
 //
 // A request is split into pieces that fit into the floor where no more can be
-// had; what cannot be split is streamed (readStream) or refused.
+// had; what cannot be split is streamed (job.stream) or refused.
 
 package intercept
 
