@@ -114,12 +114,13 @@ func TestFlushCoversWhatWasWritten(t *testing.T) {
 	rng := newRand(t)
 	var written, durable atomic.Int64
 	var syncing atomic.Int32
+	pauses := rand.New(rand.NewPCG(rng.Uint64(), 0)) // of the syncs alone, one at a time
 	f := newFlusher(func() error {
 		if syncing.Add(1) != 1 {
 			t.Error("two syncs run at once: one would take the other's report of a failure")
 		}
 		n := written.Load()
-		for range rng.IntN(3000) { // one at a time
+		for range pauses.IntN(3000) {
 			_ = durable.Load()
 		}
 		durable.Store(n)
