@@ -77,8 +77,9 @@ type (
 	}
 )
 
-// Extent is a run of bytes that share a property.
-type Extent struct {
+// Extent is a run of bytes that share a property. It is an alias for the reason
+// that ZeroFlags is one.
+type Extent = struct {
 	N     int64  // length in bytes, at least 1
 	Flags uint32 // as the metadata context defines them
 }
