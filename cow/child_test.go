@@ -110,7 +110,8 @@ func TestChild(t *testing.T) {
 func start(t *testing.T, what string, args ...string) (said []string, end func()) {
 	t.Helper()
 	c := exec.Command(os.Args[0], "-test.run=^TestChild$")
-	c.Env = append(os.Environ(), "COW_TEST_DO="+what+"\n"+strings.Join(args, "\n"))
+	c.Env = append(os.Environ(), "COW_TEST_DO="+what+"\n"+strings.Join(args, "\n"),
+		"GORACE=atexit_sleep_ms=0")
 	c.Stderr = os.Stderr
 	c.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if what == "mount" {

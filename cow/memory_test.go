@@ -158,7 +158,7 @@ func TestMemoryRunsOut(t *testing.T) {
 		return
 	}
 	c := exec.Command(os.Args[0], "-test.run=^TestMemoryRunsOut$", "-test.v")
-	c.Env = append(os.Environ(), "COW_TEST_CHILD=memory")
+	c.Env = append(os.Environ(), "COW_TEST_CHILD=memory", "GORACE=atexit_sleep_ms=0")
 	if out, err := c.CombinedOutput(); err != nil {
 		t.Errorf("%v\n%s", err, out)
 	}

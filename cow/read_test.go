@@ -10,7 +10,7 @@ import (
 // look misses would be a hole, and never be copied.
 func TestLookWhileFolding(t *testing.T) {
 	const n = 2048 // chunks
-	for range 10 {
+	for range 6 {
 		r := newRig(t, 1, n*chunkSize, 64<<20)
 		d := r.devs[0]
 		first := func(v byte) { // the first block of every chunk
