@@ -85,10 +85,6 @@ const (
 	EventGeneration         = "generation" // a new generation of the change map
 )
 
-// stripes is how many locks a device's chunks share. A power of two, and more
-// than a copy takes at once.
-const stripes = 256
-
 // Device is an origin under tracking. Reads and writes come from many goroutines
 // at once, also for ranges that overlap; they lie within Size.
 type Device struct {
@@ -137,9 +133,8 @@ type Device struct {
 	taking    sync.Mutex
 	nextLayer uint64 // number of the next layer; protected by taking
 
-	// chunkLocks serialize the preserving of a chunk; chunk c's is number
-	// c % stripes, several are taken in ascending order. Held across I/O.
-	chunkLocks [stripes]sync.Mutex
+	// chunkLocks serialize the preserving of a chunk. Held across I/O.
+	chunkLocks chunkLocks
 
 	// mu protects the fields below. Never held across I/O.
 	mu      sync.Mutex

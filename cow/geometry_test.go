@@ -156,7 +156,7 @@ func TestPlacesOfNeighbours(t *testing.T) {
 }
 
 func TestStripes(t *testing.T) {
-	var d Device
+	var k chunkLocks
 	for _, tc := range []struct {
 		name        string
 		first, last chunkNo
@@ -169,14 +169,14 @@ func TestStripes(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			var got []chunkNo
-			for i := range d.stripesOf(tc.first, tc.last) {
+			for i := range stripesOf(tc.first, tc.last) {
 				got = append(got, i)
 			}
 			if !slices.Equal(got, tc.want) {
 				t.Errorf("locks of chunks %d to %d\n got %v\nwant %v", tc.first, tc.last, got, tc.want)
 			}
-			d.lockChunks(tc.first, tc.last)
-			d.unlockChunks(tc.first, tc.last)
+			k.lock(tc.first, tc.last)
+			k.unlock(tc.first, tc.last)
 		})
 	}
 }

@@ -83,8 +83,8 @@ func (d *Device) preserveWindow(off, n int64, deadline time.Time, mayWait bool) 
 		return nil
 	}
 	first, last := chunkNo(off>>chunkShift), chunkNo((off+n-1)>>chunkShift)
-	d.lockChunks(first, last)
-	defer d.unlockChunks(first, last)
+	d.chunkLocks.lock(first, last)
+	defer d.chunkLocks.unlock(first, last)
 
 	b := batches.Get().(*batch)
 	b.deadline = deadline
@@ -336,39 +336,6 @@ func (d *Device) readBlocks(p []byte, off int64) error {
 		return d.originError("preserve", off, err)
 	}
 	return nil
-}
-
-// lockChunks takes the locks of chunks first to last, fewer than stripes, in
-// ascending order of the locks.
-func (d *Device) lockChunks(first, last chunkNo) {
-	for i := range d.stripesOf(first, last) {
-		d.chunkLocks[i].Lock()
-	}
-}
-
-func (d *Device) unlockChunks(first, last chunkNo) {
-	for i := range d.stripesOf(first, last) {
-		d.chunkLocks[i].Unlock()
-	}
-}
-
-func (d *Device) stripesOf(first, last chunkNo) func(func(chunkNo) bool) {
-	return func(yield func(chunkNo) bool) {
-		a, z := first%stripes, last%stripes
-		if a > z { // the range wraps around
-			for i := range z + 1 {
-				if !yield(i) {
-					return
-				}
-			}
-			z = stripes - 1
-		}
-		for i := a; i <= z; i++ {
-			if !yield(i) {
-				return
-			}
-		}
-	}
 }
 
 // waitForSpace waits until space was freed or added in the snapstore since the

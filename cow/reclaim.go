@@ -257,7 +257,7 @@ func (d *Device) pruneHead(s *scrap) {
 	head := sh.head().table
 	older := shield{layers: sh.layers[:len(sh.layers)-1]}
 	for c := range head.from(0) {
-		d.lockChunks(c, c)
+		d.chunkLocks.lock(c, c)
 		w := head.load(c)
 		twice := w.mask() & older.mask(c)
 		switch {
@@ -273,6 +273,6 @@ func (d *Device) pruneHead(s *scrap) {
 			d.cat.did("take blocks from a word of the head")
 			s.shrunk = append(s.shrunk, makeWord(w.slot(), twice))
 		}
-		d.unlockChunks(c, c)
+		d.chunkLocks.unlock(c, c)
 	}
 }
