@@ -51,19 +51,33 @@ func (d *Device) checkLocked(named map[store.Slot]uint16) error {
 		if next := l.newer.Load(); n+1 < len(d.layers) && next != d.layers[n+1] || n+1 == len(d.layers) && next != nil {
 			errs = append(errs, fmt.Errorf("%s: layer %d is not linked to the next", d.name, n))
 		}
+		errs = append(errs, d.checkTable(l.table, fmt.Sprintf("layer %d", n), named))
 		for c, w := range l.table.from(0) {
-			if w.hasSlot() {
-				if named[w.slot()] != 0 {
-					errs = append(errs, fmt.Errorf("%s: slot %v is named twice", d.name, w.slot()))
-				}
-				named[w.slot()] |= w.mask()
-			}
-			if w.mask() == 0 {
-				errs = append(errs, fmt.Errorf("%s: layer %d has an empty word for chunk %d", d.name, n, c))
-			}
 			if useless := d.uselessLocked(newest, n, c, w); useless != 0 {
 				errs = append(errs, fmt.Errorf("%s: nobody reads blocks %016b of chunk %d in layer %d", d.name, useless, c, n))
 			}
+		}
+	}
+	for _, i := range d.images {
+		if i.overlay != nil {
+			errs = append(errs, d.checkTable(i.overlay.table, "overlay of "+i.snapshot.name, named))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// checkTable adds the slots that the table's words name to named.
+func (d *Device) checkTable(t *table, what string, named map[store.Slot]uint16) error {
+	var errs []error
+	for c, w := range t.from(0) {
+		if w.hasSlot() {
+			if named[w.slot()] != 0 {
+				errs = append(errs, fmt.Errorf("%s: slot %v is named twice", d.name, w.slot()))
+			}
+			named[w.slot()] |= w.mask()
+		}
+		if w.mask() == 0 {
+			errs = append(errs, fmt.Errorf("%s: %s has an empty word for chunk %d", d.name, what, c))
 		}
 	}
 	return errors.Join(errs...)

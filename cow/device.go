@@ -143,9 +143,8 @@ type Device struct {
 	round   uint64   // number of the reclaimer's last complete round
 	asked   uint64   // number of the round that covers all that was asked for
 	settled *sync.Cond
-	retired []word              // slots that a word no longer names
+	retired scrap               // for the reclaimer's next round
 	stuck   map[store.Slot]bool // slots in use in which a write hangs
-	scrap   scrap               // left over by a round that was stopped
 	closed  bool
 }
 

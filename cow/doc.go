@@ -11,6 +11,7 @@
 //	layer     what was preserved while one snapshot was the device's newest
 //	head      a device's newest layer, the only one that preserving adds to
 //	image     one device's content in one snapshot
+//	overlay   what was written to a writable image; belongs to that image alone
 //	shield    the layers that a writer looks at to see whether a block still
 //	          has to be preserved: from the newest healthy image's to the head
 //
@@ -43,11 +44,19 @@
 //
 // # A read of an image
 //
-// Blocks are looked up in the image's own layer, then in newer ones up to the
-// head, and come from the origin where none has them. Reads take no lock that a
+// Blocks are looked up in the image's overlay, if it is writable, in its own layer,
+// then in newer ones up to the head, and come from the origin where none has them. Reads take no lock that a
 // write waits for. They look up, read, and look up again, until nothing moved in
 // between: a block may have been preserved, or folded into an older layer, while
 // it was read (see Image.Read).
+//
+// # A write to an image
+//
+// It marks the change maps, and goes to the image's overlay and nowhere else:
+//
+//	mark -> [lock chunk, read around, write slot, publish]
+//
+// Neither the device nor another image ever sees it, or waits for it.
 //
 // # The end of a snapshot
 //

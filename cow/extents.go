@@ -1,4 +1,4 @@
-// What of a device or image is data and what is a hole.
+// Finding what of an image is data and what is a hole.
 
 package cow
 
@@ -6,22 +6,12 @@ import (
 	"fmt"
 	"iter"
 	"slices"
-	"sort"
 	"sync"
-	"syscall"
 )
 
-// Run is a run of bytes. Zero says that it is a hole: it reads as zeroes, and a
-// copy of it need not be read. It is an alias so that others need not name this
-// package.
-type Run = struct {
-	Off, N int64
-	Zero   bool
-}
-
-// extents are the data runs of an image: found when first asked for, and kept,
-// because the origin's own holes may drift. What is data for one reader must not
-// be a hole for the next.
+// extents are the data runs of an image as it was at its instant: found when first
+// asked for, and kept, because the origin's own holes may drift. What is data for
+// one reader must not be a hole for the next.
 type extents struct {
 	mu    sync.Mutex
 	known bool
@@ -87,7 +77,7 @@ func (i *Image) scanRun(off, end int64, hole bool, add func(off, end int64)) err
 	if err := i.Err(); err != nil {
 		return err
 	}
-	chain := i.chain(nil)
+	chain := i.chain(nil, nil)
 	at := off // everything before was added
 	for c := range preserved(chain, chunkNo(off>>chunkShift), chunks(end)) {
 		var places [blocksPerChunk]place
@@ -112,14 +102,14 @@ func (i *Image) scanRun(off, end int64, hole bool, add func(off, end int64)) err
 	return nil
 }
 
-// preserved yields the chunks of [c, end) that any layer of the chain has a word
+// preserved yields the chunks of [c, end) that any table of the chain has a word
 // for, in ascending order. It looks at newer layers first, as locate does.
-func preserved(chain []*layer, c, end chunkNo) iter.Seq[chunkNo] {
+func preserved(chain []*table, c, end chunkNo) iter.Seq[chunkNo] {
 	return func(yield func(chunkNo) bool) {
 		for c < end {
 			next := end
-			for _, l := range slices.Backward(chain) {
-				for first := range l.table.from(c) {
+			for _, t := range slices.Backward(chain) {
+				for first := range t.from(c) {
 					next = min(next, first)
 					break
 				}
@@ -131,94 +121,6 @@ func preserved(chain []*layer, c, end chunkNo) iter.Seq[chunkNo] {
 				return
 			}
 			c = next + 1
-		}
-	}
-}
-
-// Allocated is how many bytes of the image are not a hole.
-func (i *Image) Allocated() (int64, error) {
-	if _, err := i.extent.find(i); err != nil {
-		return 0, err
-	}
-	return i.extent.size, nil
-}
-
-// NextData returns the first offset from off on that is data; ENXIO where none
-// follows.
-func (i *Image) NextData(off int64) (int64, error) {
-	data, err := i.extent.find(i)
-	if err != nil {
-		return 0, err
-	}
-	k := runAt(data, off)
-	if off < 0 || k == len(data) {
-		return 0, fmt.Errorf("no data from %d on: %w", off, syscall.ENXIO)
-	}
-	return max(off, data[k].off), nil
-}
-
-// NextHole returns the first offset from off on that is a hole; the end of the
-// image counts as one. ENXIO beyond it.
-func (i *Image) NextHole(off int64) (int64, error) {
-	data, err := i.extent.find(i)
-	if err != nil {
-		return 0, err
-	}
-	if off < 0 || off >= i.Size() {
-		return 0, fmt.Errorf("no byte at %d: %w", off, syscall.ENXIO)
-	}
-	if k := runAt(data, off); k < len(data) && data[k].off <= off {
-		return data[k].end, nil
-	}
-	return off, nil
-}
-
-// Runs yields the image's runs of data and hole from off on, without gaps, to
-// off+n.
-func (i *Image) Runs(off, n int64) iter.Seq2[Run, error] {
-	return func(yield func(Run, error) bool) {
-		data, err := i.extent.find(i)
-		if err != nil {
-			yield(Run{}, err)
-			return
-		}
-		end := off + n
-		for k := runAt(data, off); off < end; k++ {
-			from, to := end, end
-			if k < len(data) {
-				from, to = min(data[k].off, end), min(data[k].end, end)
-			}
-			if off < from && !yield(Run{off, from - off, true}, nil) {
-				return
-			}
-			off = max(off, from)
-			if off < to && !yield(Run{off, to - off, false}, nil) {
-				return
-			}
-			off = max(off, to)
-		}
-	}
-}
-
-// runAt is the index of the first run that ends after off.
-func runAt(data []dataRun, off int64) int {
-	return sort.Search(len(data), func(k int) bool { return data[k].end > off })
-}
-
-// Runs yields the device's runs of data and hole from off on, without gaps, to
-// off+n, as the origin has them now.
-func (d *Device) Runs(off, n int64) iter.Seq2[Run, error] {
-	return func(yield func(Run, error) bool) {
-		for end := off + n; off < end; {
-			hole, to, err := d.file.next(off, end)
-			if err != nil {
-				yield(Run{}, d.originError("find holes of", off, err))
-				return
-			}
-			if !yield(Run{off, to - off, hole}, nil) {
-				return
-			}
-			off = to
 		}
 	}
 }

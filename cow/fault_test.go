@@ -277,10 +277,21 @@ func newCatalogue(t *testing.T, dir, state string) *Catalogue {
 
 func (r *rig) take(name string, devs ...*Device) *Snapshot {
 	r.t.Helper()
+	return r.takeWith(TakeOptions{}, name, devs...)
+}
+
+func (r *rig) takeWritable(name string, devs ...*Device) *Snapshot {
+	r.t.Helper()
+	return r.takeWith(TakeOptions{Writable: true}, name, devs...)
+}
+
+func (r *rig) takeWith(o TakeOptions, name string, devs ...*Device) *Snapshot {
+	r.t.Helper()
 	if devs == nil {
 		devs = r.devs
 	}
-	s, err := r.cat.Take(name, devs, TakeOptions{Limit: time.Minute})
+	o.Limit = time.Minute
+	s, err := r.cat.Take(name, devs, o)
 	if err != nil {
 		r.t.Fatal(err)
 	}

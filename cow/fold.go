@@ -30,7 +30,7 @@ func (d *Device) foldAll(s *scrap) {
 			continue
 		}
 		d.unlink(older, l)
-		s.empty = append(s.empty, l)
+		s.empty = append(s.empty, l.table)
 	}
 }
 

@@ -1,6 +1,6 @@
 // The formats of what a killed process leaves behind in its run directory: the
-// catalogue, and the header of a layer's file. (The table that follows the header
-// is in table.go, the change map in package cbt.)
+// catalogue, and the header of a layer's file or an overlay's. (The table that
+// follows the header is in table.go, the change map in package cbt.)
 //
 // All of it lives until the next boot and is written through mappings, so numbers
 // are in the machine's byte order. What is written once is covered by a checksum;
@@ -31,21 +31,25 @@
 //	    44    64  name
 //	   108   404  note: bytes of the caller's
 //
-// Header of a layer's file, 4096 bytes
+// Header of a layer's file, or an overlay's, 4096 bytes
 //
 //	offset  size  field
-//	     0     8  "blksnapL", stored last, and zeroed first when the file goes
+//	     0     8  "blksnapL", of an overlay "blksnapO"; stored last, and zeroed
+//	              first when the file goes
 //	     8     4  version, 1
-//	    12     4  CRC-32C of bytes 8 to 11 and 16 to 39
+//	    12     4  CRC-32C of bytes 8 to 11 and 16 to 47
 //	    16     8  number of the layer, ascending in a device
 //	    24     8  size of the image in bytes
 //	    32     8  id of the snapshot
+//	    40     8  1 if the image is writable: an overlay has the layer's number
 //	    56     8  number of the image in the change tracking; written before the
 //	              snapshot's state is 2
 //	    64     8  committed: 0, or 1 once the snapshot was live; changes
 //	    72     8  fault: 0 healthy, 1 overflowed, 2 failed, 3 destroyed; changes
 //	    80     8  length of the reason, written before fault
 //	    88   512  reason
+//
+// An overlay has nothing in what changes.
 
 package cow
 
@@ -74,6 +78,7 @@ const (
 	recordBytes      = 512
 
 	layerMagic   = "blksnapL"
+	overlayMagic = "blksnapO"
 	layerVersion = 1
 )
 
@@ -155,25 +160,30 @@ type layerHeader struct {
 	number   uint64
 	size     int64
 	snapshot uint64
+	writable bool
 }
 
-const layerConstant = 40
+const layerConstant = 48
 
-func (h layerHeader) encode(b []byte) {
+func (h layerHeader) encode(b []byte, magic string) {
 	host.PutUint64(b[16:], h.number)
 	host.PutUint64(b[24:], uint64(h.size))
 	host.PutUint64(b[32:], h.snapshot)
-	putMagic(b, layerMagic, layerVersion, layerConstant)
+	if h.writable {
+		host.PutUint64(b[40:], 1)
+	}
+	putMagic(b, magic, layerVersion, layerConstant)
 }
 
-func decodeLayerHeader(b []byte) (layerHeader, error) {
-	if err := checkMagic(b, layerMagic, layerVersion, layerConstant); err != nil {
+func decodeLayerHeader(b []byte, magic string) (layerHeader, error) {
+	if err := checkMagic(b, magic, layerVersion, layerConstant); err != nil {
 		return layerHeader{}, err
 	}
 	return layerHeader{
 		number:   host.Uint64(b[16:]),
 		size:     int64(host.Uint64(b[24:])),
 		snapshot: host.Uint64(b[32:]),
+		writable: host.Uint64(b[40:]) == 1,
 	}, nil
 }
 

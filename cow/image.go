@@ -13,13 +13,15 @@ import (
 )
 
 // Image is one device's content in one snapshot: what the device held at the
-// snapshot's instant, for as long as the image is healthy. It is as long as the
-// device was and read-only. Its methods may be called from many goroutines at
-// once.
+// snapshot's instant, for as long as the image is healthy, and what was written to
+// the image since, where it is writable. It is as long as the device was. Its
+// methods may be called from many goroutines at once, also for ranges that overlap.
 type Image struct {
 	device   *Device
 	snapshot *Snapshot
+	size     int64
 	layer    *layer
+	overlay  *overlay // nil where the image is read-only
 	frozen   *cbt.Frozen
 
 	fault  atomic.Pointer[fault] // nil while the image is healthy
@@ -33,7 +35,7 @@ type Image struct {
 func (i *Image) Device() *Device { return i.device }
 
 // Size is in bytes and constant.
-func (i *Image) Size() int64 { return i.device.Size() }
+func (i *Image) Size() int64 { return i.size }
 
 // State is "ok", "overflowed", or "failed: " and why.
 func (i *Image) State() string {
@@ -98,36 +100,19 @@ func (i *Image) ReadAt(p []byte, off int64) (int, error) {
 	return n, nil
 }
 
-// Writable is false, and everything that would change the image fails with EROFS.
-func (i *Image) Writable() bool { return false }
+// Writable says whether the image can be written to. Where it cannot, everything
+// that would change it fails with EROFS.
+func (i *Image) Writable() bool { return i.overlay != nil }
 
-// ReadOnly is true.
-func (i *Image) ReadOnly() bool { return true }
+// ReadOnly is the opposite of Writable.
+func (i *Image) ReadOnly() bool { return !i.Writable() }
 
-func (i *Image) errReadOnly() error {
-	return fmt.Errorf("image %s@%s is read-only: %w", i.device.name, i.snapshot.name, syscall.EROFS)
-}
-
-// WriteAt fails with EROFS.
-func (i *Image) WriteAt(p []byte, off int64) (int, error) { return 0, i.errReadOnly() }
-
-// Write fails with EROFS.
-func (i *Image) Write(p []byte, off int64, fua bool) error { return i.errReadOnly() }
-
-// Zero fails with EROFS.
-func (i *Image) Zero(off, n int64) error { return i.errReadOnly() }
-
-// WriteZeroes fails with EROFS.
-func (i *Image) WriteZeroes(off, n int64, f zeroFlags) error { return i.errReadOnly() }
-
-// Trim fails with EROFS.
-func (i *Image) Trim(off, n int64, fua bool) error { return i.errReadOnly() }
-
-// Flush has nothing to do.
+// Flush returns nil while the image is healthy. What was written to it goes where
+// the snapstore is, and with it.
 func (i *Image) Flush() error { return i.Err() }
 
-// Sync has nothing to do.
-func (i *Image) Sync() error { return i.Err() }
+// Sync is Flush.
+func (i *Image) Sync() error { return i.Flush() }
 
 // Cache is a hint that the range will be read soon.
 func (i *Image) Cache(off, n int64) error {

@@ -7,8 +7,10 @@ import (
 	"testing"
 )
 
-// put writes n bytes of value v.
-func put(t *testing.T, d *Device, v byte, off, n int64) {
+// put writes n bytes of value v to a device or an image.
+func put(t *testing.T, d interface {
+	Write([]byte, int64, bool) error
+}, v byte, off, n int64) {
 	t.Helper()
 	if err := d.Write(bytes.Repeat([]byte{v}, int(n)), off, false); err != nil {
 		t.Fatal(err)

@@ -24,30 +24,42 @@ type layer struct {
 	image *Image
 }
 
-// layerPath is where a device keeps the layer of a number; empty where it keeps
-// nothing.
-func layerPath(dir string, number uint64) string {
+// layerPath is where a device keeps the layer of a number, or what name says is
+// kept under its number; empty where it keeps nothing.
+func layerPath(dir, name string, number uint64) string {
 	if dir == "" {
 		return ""
 	}
-	return filepath.Join(dir, fmt.Sprintf(layerName, number))
+	return filepath.Join(dir, fmt.Sprintf(name, number))
 }
 
-const layerName = "layer-%d"
+const (
+	layerName   = "layer-%d"
+	overlayName = "overlay-%d"
+)
 
 // newLayer makes an empty layer for a device whose state is in dir.
 func newLayer(dir string, h layerHeader) (*layer, error) {
-	t, err := openTable(layerPath(dir, h.number), chunks(h.size))
+	t, err := openTable(layerPath(dir, layerName, h.number), chunks(h.size))
 	if err != nil {
 		return nil, err
 	}
-	h.encode(t.header())
+	h.encode(t.header(), layerMagic)
 	return &layer{number: h.number, table: t}, nil
 }
 
 // openLayer opens a layer that a predecessor left.
 func openLayer(dir string, number uint64) (*layer, error) {
-	path := layerPath(dir, number)
+	t, err := findTable(layerPath(dir, layerName, number), layerMagic, number)
+	if err != nil {
+		return nil, err
+	}
+	return &layer{number: number, table: t}, nil
+}
+
+// findTable opens a table with a layer's header, and the magic, that a predecessor
+// left under a number.
+func findTable(path, magic string, number uint64) (*table, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, err
@@ -66,7 +78,7 @@ func openLayer(dir string, number uint64) (*layer, error) {
 	if _, err := f.ReadAt(b[:], 0); err != nil {
 		return nil, err
 	}
-	h, err := decodeLayerHeader(b[:])
+	h, err := decodeLayerHeader(b[:], magic)
 	if err != nil {
 		return nil, err
 	}
@@ -81,13 +93,13 @@ func openLayer(dir string, number uint64) (*layer, error) {
 		t.close()
 		return nil, err
 	}
-	return &layer{number: number, table: t}, nil
+	return t, nil
 }
 
-// snapshot is the id of the snapshot whose instant the layer begins with.
-func (l *layer) snapshot() uint64 {
-	h, _ := decodeLayerHeader(l.table.header())
-	return h.snapshot
+// header is what the layer was made with.
+func (l *layer) header() layerHeader {
+	h, _ := decodeLayerHeader(l.table.header(), layerMagic)
+	return h
 }
 
 // setCBT notes the image's number, which is known only at the instant.
@@ -114,17 +126,6 @@ func (l *layer) fault() (kind uint64, reason string) {
 	b := l.table.header()
 	n := min(wordAt(b, layerReason).Load(), layerReasonBytes)
 	return wordAt(b, layerFault).Load(), string(b[layerReason+8:][:n])
-}
-
-// forget makes the layer's file one that no start takes for a layer. It comes
-// before any of its slots is given out again: else a start would find a slot in
-// two layers and give it to the wrong one.
-func (l *layer) forget() error {
-	wordAt(l.table.header(), 0).Store(0)
-	if l.table.path == "" {
-		return nil
-	}
-	return os.Remove(l.table.path)
 }
 
 // shield is what a writer looks at to see whether a block still has to be

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -86,11 +87,15 @@ type model struct {
 type modelSnap struct {
 	s      *Snapshot
 	images [][]byte // by device
+
+	// written are by device and region: held exclusively by who writes to the
+	// image, shared by who compares it.
+	written [][]sync.RWMutex
 }
 
 // TestModel compares the engine with plain byte slices: random writes, zeroes,
-// trims, snapshots, destroys, image reads and overflows from many goroutines.
-// Every image is compared in full at the end of each round.
+// trims, snapshots, destroys, reads of and writes to images, and overflows from
+// many goroutines. Every image is compared in full at the end of each round.
 func TestModel(t *testing.T) {
 	for _, tc := range []struct {
 		name  string
@@ -123,6 +128,10 @@ func runModel(t *testing.T, limit int64) {
 			r := rand.New(rand.NewPCG(rng.Uint64(), 0))
 			workers.Go(func() { m.readImages(t, r, 100) })
 		}
+		for range 2 {
+			r := rand.New(rand.NewPCG(rng.Uint64(), 0))
+			workers.Go(func() { m.writeImages(t, r, 60) })
+		}
 		r := rand.New(rand.NewPCG(rng.Uint64(), 0))
 		workers.Go(func() { m.churn(t, round, r) })
 		workers.Wait()
@@ -137,14 +146,8 @@ func runModel(t *testing.T, limit int64) {
 func (m *model) write(t *testing.T, worker int, r *rand.Rand, ops int) {
 	dev, region := worker/int(m.regions), int64(worker)%m.regions
 	d, live := m.rig.devs[dev], m.live[dev]
-	from := m.size / m.regions * region &^ (SectorSize - 1)
-	to := m.size / m.regions * (region + 1) &^ (SectorSize - 1)
-	if region == m.regions-1 {
-		to = m.size
-	}
 	for range ops {
-		off := from + r.Int64N((to-from)/SectorSize)*SectorSize
-		n := min(to-off, (1+r.Int64N(16<<r.IntN(6)))*SectorSize)
+		off, n := m.within(region, r)
 		m.regionL[worker].RLock()
 		err := m.change(d, live, dev, off, n, r)
 		m.regionL[worker].RUnlock()
@@ -153,6 +156,23 @@ func (m *model) write(t *testing.T, worker int, r *rand.Rand, ops int) {
 			return
 		}
 	}
+}
+
+// region is where region k begins and ends.
+func (m *model) region(k int64) (from, to int64) {
+	from = m.size / m.regions * k &^ (SectorSize - 1)
+	to = m.size / m.regions * (k + 1) &^ (SectorSize - 1)
+	if k == m.regions-1 {
+		to = m.size
+	}
+	return from, to
+}
+
+// within is a random range of sectors in region k.
+func (m *model) within(k int64, r *rand.Rand) (off, n int64) {
+	from, to := m.region(k)
+	off = from + r.Int64N((to-from)/SectorSize)*SectorSize
+	return off, min(to-off, (1+r.Int64N(16<<r.IntN(6)))*SectorSize)
 }
 
 // change makes one random change in the device and the model.
@@ -214,11 +234,13 @@ func (m *model) churn(t *testing.T, round int, r *rand.Rand) {
 		for i := range m.regionL {
 			m.regionL[i].Lock()
 		}
-		s, err := m.rig.cat.Take(fmt.Sprintf("s%d.%d", round, k), m.rig.devs, TakeOptions{Limit: time.Minute})
+		o := TakeOptions{Limit: time.Minute, Writable: r.IntN(2) == 0}
+		s, err := m.rig.cat.Take(fmt.Sprintf("s%d.%d", round, k), m.rig.devs, o)
 		if err == nil {
 			ms := &modelSnap{s: s}
 			for _, live := range m.live {
 				ms.images = append(ms.images, slices.Clone(live))
+				ms.written = append(ms.written, make([]sync.RWMutex, m.regions))
 			}
 			m.mu.Lock()
 			m.snaps = append(m.snaps, ms)
@@ -241,10 +263,94 @@ func (m *model) readImages(t *testing.T, r *rand.Rand, ops int) {
 			dev := r.IntN(len(ms.images))
 			off := r.Int64N(m.size)
 			n := min(m.size-off, 1+r.Int64N(1<<20))
+			unlock := m.lockRegions(ms, dev, off, n)
 			m.compareImage(t, ms, dev, off, n)
+			unlock()
 		}
 		m.mu.RUnlock()
 	}
+}
+
+// lockRegions keeps writers out of a range of an image.
+func (m *model) lockRegions(ms *modelSnap, dev int, off, n int64) (unlock func()) {
+	var locked []*sync.RWMutex
+	for k := range m.regions {
+		if from, to := m.region(k); from < off+n && off < to {
+			l := &ms.written[dev][k]
+			l.RLock()
+			locked = append(locked, l)
+		}
+	}
+	return func() {
+		for _, l := range locked {
+			l.RUnlock()
+		}
+	}
+}
+
+// writeImages changes random ranges of random images.
+func (m *model) writeImages(t *testing.T, r *rand.Rand, ops int) {
+	for range ops {
+		m.mu.RLock()
+		if len(m.snaps) > 0 {
+			ms := m.snaps[r.IntN(len(m.snaps))]
+			dev, k := r.IntN(len(ms.images)), r.Int64N(m.regions)
+			if i := ms.s.Images()[dev]; i.Writable() {
+				ms.written[dev][k].Lock()
+				off, n := m.within(k, r)
+				if err := m.changeImage(i, ms.images[dev], dev, off, n, r); err != nil {
+					t.Errorf("image %s of device %d: %v", ms.s.Name(), dev, err)
+				}
+				ms.written[dev][k].Unlock()
+			}
+		}
+		m.mu.RUnlock()
+	}
+}
+
+// changeImage makes one random change in an image and the model.
+func (m *model) changeImage(i *Image, model []byte, dev int, off, n int64, r *rand.Rand) error {
+	p := make([]byte, n)
+	var err error
+	switch r.IntN(8) {
+	case 0:
+		err = i.WriteZeroes(off, n, zeroFlags{NoHole: r.IntN(3) == 0})
+	case 1:
+		if err = i.Trim(off, n, false); err == nil {
+			err = syscall.ENOSPC // each byte keeps its value or becomes zero
+		}
+	case 2: // bytes at no boundary
+		p = []byte{byte(r.Uint32()), 1, 2}
+		off += r.Int64N(SectorSize - 3)
+		err = i.Write(p, off, false)
+	default:
+		stamp(p, dev, off, m.pass.Add(1))
+		err = i.Write(p, off, false)
+	}
+	switch {
+	case err == nil:
+		copy(model[off:], p)
+		return nil
+	case errors.Is(err, ErrOverflowed) && i.State() == "overflowed":
+		return nil
+	case !errors.Is(err, syscall.ENOSPC):
+		return err
+	}
+	// Ask the image which of the blocks are as they were and which are as they
+	// were to become.
+	got := make([]byte, len(p))
+	if err := i.Read(got, off); errors.Is(err, ErrOverflowed) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	for k, b := range got {
+		if b != p[k] && b != model[off+int64(k)] {
+			return fmt.Errorf("byte %d: got %d, want %d or %d", off+int64(k), b, model[off+int64(k)], p[k])
+		}
+	}
+	copy(model[off:], got)
+	return nil
 }
 
 func (m *model) compareImage(t *testing.T, ms *modelSnap, dev int, off, n int64) {

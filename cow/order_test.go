@@ -45,6 +45,7 @@ func stillWaits(t *testing.T, c chan error, what string) {
 	select {
 	case err := <-c:
 		t.Errorf("%s ended too early, with %v", what, err)
+		c <- err // somebody waits for it
 	case <-time.After(30 * time.Millisecond):
 	}
 }

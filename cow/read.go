@@ -1,7 +1,7 @@
 // Reading an image.
 //
-// A block of an image is in the first of these that has it: the image's layer,
-// newer layers in order up to the head, the origin. While it is read it can move
+// A block of an image is in the first of these that has it: the image's overlay
+// (overlay.go), its layer, newer layers in order up to the head, the origin. While it is read it can move
 // to the left: a writer preserves it, or the reclaimer folds its layer into an
 // older one. What a reader found in the origin may thus be newer than the image
 // when it comes to read it; but then the block was published further left before.
@@ -54,10 +54,10 @@ func (p place) follows(q place) bool {
 const readWindow = 1 << 20
 
 // lookup is room for the places of a window, which need not begin at a block, and
-// for the layers that have them.
+// for the tables that have them.
 type lookup struct {
 	was, is [readWindow>>blockShift + 1]place
-	chain   []*layer
+	chain   []*table
 }
 
 var lookups = sync.Pool{New: func() any { return new(lookup) }}
@@ -65,7 +65,11 @@ var lookups = sync.Pool{New: func() any { return new(lookup) }}
 // Read fills p with the image's bytes from off on, which lie within Size. It
 // fails where the image is destroyed or lost, also if that happens meanwhile, and
 // where the origin or the snapstore fails.
-func (i *Image) Read(p []byte, off int64) error {
+func (i *Image) Read(p []byte, off int64) error { return i.readThrough(i.overlay, p, off) }
+
+// readThrough is Read with the given overlay; without one it reads what the device
+// held at the instant.
+func (i *Image) readThrough(o *overlay, p []byte, off int64) error {
 	g, _ := i.device.readers.tryEnter() // never shut
 	defer i.device.readers.leave(g)
 	// Only inside is it certain that the layers of a healthy image stay.
@@ -76,7 +80,7 @@ func (i *Image) Read(p []byte, off int64) error {
 	defer lookups.Put(l)
 	for len(p) > 0 {
 		n := min(len(p), readWindow)
-		if err := i.read(l, p[:n], off); err != nil {
+		if err := i.read(o, l, p[:n], off); err != nil {
 			return err
 		}
 		p, off = p[n:], off+int64(n)
@@ -86,7 +90,7 @@ func (i *Image) Read(p []byte, off int64) error {
 	return i.Err()
 }
 
-func (i *Image) read(l *lookup, p []byte, off int64) error {
+func (i *Image) read(o *overlay, l *lookup, p []byte, off int64) error {
 	first := off >> blockShift
 	n := int((off+int64(len(p))-1)>>blockShift-first) + 1
 	was, is := l.was[:n], l.is[:n]
@@ -96,7 +100,7 @@ func (i *Image) read(l *lookup, p []byte, off int64) error {
 	for {
 		// Each time, because there may be a new layer, with blocks that were
 		// overwritten meanwhile.
-		l.chain = i.chain(l.chain[:0])
+		l.chain = i.chain(o, l.chain[:0])
 		locate(l.chain, is, off, int64(len(p)))
 		again := false
 		for b := 0; b < n; {
@@ -142,24 +146,28 @@ func (i *Image) readRun(p []byte, off, b, end int64, pl place) error {
 	return nil
 }
 
-// chain appends the layers that the image's blocks may be in, its own first, the
-// head last. They stay while the caller is inside Device.readers.
-func (i *Image) chain(layers []*layer) []*layer {
-	for l := i.layer; l != nil; l = l.newer.Load() {
-		layers = append(layers, l)
+// chain appends the tables that the image's blocks may be in: the overlay's, where
+// one is given, those of the layers from its own to the head. They stay while the
+// caller is inside Device.readers.
+func (i *Image) chain(o *overlay, tables []*table) []*table {
+	if o != nil {
+		tables = append(tables, o.table)
 	}
-	return layers
+	for l := i.layer; l != nil; l = l.newer.Load() {
+		tables = append(tables, l.table)
+	}
+	return tables
 }
 
 // locate finds the places of the blocks that [off, off+n) touches.
-func locate(chain []*layer, places []place, off, n int64) {
+func locate(chain []*table, places []place, off, n int64) {
 	clear(places) // all inOrigin
 	first := off >> blockShift
 	for sp := range spans(off, n) {
 		at := int64(sp.chunk)*blocksPerChunk - first // of the chunk's first block in places
 		want := sp.mask()
-		for _, l := range slices.Backward(chain) {
-			w := l.table.load(sp.chunk)
+		for _, t := range slices.Backward(chain) {
+			w := t.load(sp.chunk)
 			for b, blocks := range runs(w.mask() & want) {
 				for k := b; k < b+blocks; k++ {
 					if w.hasSlot() {

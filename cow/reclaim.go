@@ -31,22 +31,32 @@ import (
 // back. Only a hanging disk makes it wait so long.
 const settleLimit = 2 * time.Second
 
-// scrap is what a round has found to be useless.
+// scrap is what was found to be useless.
 type scrap struct {
-	layers []*layer // with all their words
-	empty  []*layer // without words
+	tables []*table // with all their words
+	empty  []*table // without words
 	words  []word   // whole slots
 	shrunk []word   // single blocks of slots that stay
 }
 
 func (s *scrap) none() bool {
-	return len(s.layers)+len(s.empty)+len(s.words)+len(s.shrunk) == 0
+	return len(s.tables)+len(s.empty)+len(s.words)+len(s.shrunk) == 0
+}
+
+func (s *scrap) add(t scrap) {
+	s.tables = append(s.tables, t.tables...)
+	s.empty = append(s.empty, t.empty...)
+	s.words = append(s.words, t.words...)
+	s.shrunk = append(s.shrunk, t.shrunk...)
 }
 
 // retireImageLocked takes an image that has ended from its device.
 func (d *Device) retireImageLocked(i *Image) {
 	d.images = slices.DeleteFunc(d.images, func(j *Image) bool { return j == i })
 	i.layer.image = nil
+	if i.overlay != nil {
+		d.retired.tables = append(d.retired.tables, i.overlay.table)
+	}
 	d.reshieldLocked()
 	d.askLocked()
 }
@@ -56,7 +66,7 @@ func (d *Device) retireImageLocked(i *Image) {
 func (d *Device) retire(w word) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.retired = append(d.retired, w)
+	d.retired.words = append(d.retired.words, w)
 	d.askLocked()
 }
 
@@ -129,9 +139,9 @@ func (d *Device) reclaim() {
 
 // reclaimRound does one round; false when the device stops.
 func (d *Device) reclaimRound() bool {
-	var s scrap
 	d.mu.Lock()
-	s.words, d.retired = d.retired, nil
+	s := d.retired
+	d.retired = scrap{}
 	useless := slices.IndexFunc(d.layers, func(l *layer) bool { return l.image != nil })
 	if useless < 0 {
 		useless = len(d.layers)
@@ -144,7 +154,9 @@ func (d *Device) reclaimRound() bool {
 
 	// Layers only join at the end meanwhile, and no image comes to an old one.
 	d.mu.Lock()
-	s.layers = append(s.layers, d.layers[:useless]...)
+	for _, l := range d.layers[:useless] {
+		s.tables = append(s.tables, l.table)
+	}
 	d.layers = slices.Delete(d.layers, 0, useless)
 	d.mu.Unlock()
 
@@ -161,7 +173,7 @@ func (d *Device) reclaimRound() bool {
 func (d *Device) keep(s scrap) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.scrap = s
+	d.retired.add(s)
 }
 
 // giveUp gives scrap back when nobody looks at it any more; false when the device
@@ -183,17 +195,17 @@ func (d *Device) giveUp(s *scrap) bool {
 // free gives scrap back.
 func (d *Device) free(s *scrap) error {
 	var errs []error
-	for _, l := range s.layers {
-		errs = append(errs, l.forget())
-		d.cat.did("forget a layer")
-		for _, w := range l.table.from(0) {
+	for _, t := range s.tables {
+		errs = append(errs, t.forget())
+		d.cat.did("forget a table")
+		for _, w := range t.from(0) {
 			d.freeSlot(w)
 		}
-		errs = append(errs, l.table.close())
+		errs = append(errs, t.close())
 	}
-	for _, l := range s.empty {
-		errs = append(errs, l.forget(), l.table.close())
-		d.cat.did("forget an empty layer")
+	for _, t := range s.empty {
+		errs = append(errs, t.forget(), t.close())
+		d.cat.did("forget an empty table")
 	}
 	for _, w := range s.words {
 		d.freeSlot(w)
@@ -237,12 +249,15 @@ func (d *Device) markStuck(s store.Slot) {
 func (d *Device) closeTables() error {
 	d.readers.turn(nil)
 	d.mu.Lock()
-	layers := slices.Concat(d.layers, d.scrap.layers, d.scrap.empty)
-	d.layers, d.scrap = nil, scrap{}
+	tables := slices.Concat(d.retired.tables, d.retired.empty)
+	for _, l := range d.layers {
+		tables = append(tables, l.table)
+	}
+	d.retired, d.layers = scrap{}, nil
 	d.mu.Unlock()
 	var errs []error
-	for _, l := range layers {
-		errs = append(errs, l.table.close())
+	for _, t := range tables {
+		errs = append(errs, t.close())
 	}
 	return errors.Join(errs...)
 }

@@ -171,12 +171,15 @@ func (d *Device) recoverLayers(frozen map[uint64]*cbt.Frozen) error {
 			layers[n-1].newer.Store(l)
 		}
 		d.nextLayer = l.number + 1
-		if s := d.cat.found[l.snapshot()]; s != nil {
+		if s := d.cat.found[l.header().snapshot]; s != nil {
 			l.commit()
 			d.recoverImage(s, l, frozen)
 		}
 	}
 	d.layers = layers
+	if err := d.removeOverlays(); err != nil {
+		return err
+	}
 	d.adopt()
 	return nil
 }
@@ -185,33 +188,25 @@ func (d *Device) recoverLayers(frozen map[uint64]*cbt.Frozen) error {
 // removes what else there is. Where one is damaged, it and those before it are
 // removed with their images, whose chains it is a part of; newer ones are whole.
 func (d *Device) openLayers() ([]*layer, error) {
-	entries, err := os.ReadDir(d.dir)
+	numbers, err := d.numbers(layerName)
 	if err != nil {
 		return nil, err
 	}
-	var numbers []uint64
-	for _, e := range entries {
-		var n uint64
-		if _, err := fmt.Sscanf(e.Name(), layerName, &n); err == nil {
-			numbers = append(numbers, n)
-		}
-	}
-	slices.Sort(numbers)
 	var layers []*layer
 	for _, n := range numbers {
 		l, err := openLayer(d.dir, n)
 		switch {
-		case err == nil && (l.committed() || d.cat.found[l.snapshot()] != nil):
+		case err == nil && (l.committed() || d.cat.found[l.header().snapshot] != nil):
 			layers = append(layers, l)
 		case err == nil: // its snapshot did not come about
-			err = errors.Join(l.forget(), l.table.close())
+			err = errors.Join(l.table.forget(), l.table.close())
 		case errors.Is(err, errBlank):
-			err = os.Remove(layerPath(d.dir, n))
+			err = os.Remove(layerPath(d.dir, layerName, n))
 		default:
 			d.cfg.Log.Error("layer lost, and with it the snapshots up to it", "layer", n, "err", err)
-			err = os.Remove(layerPath(d.dir, n))
+			err = os.Remove(layerPath(d.dir, layerName, n))
 			for _, l := range layers {
-				err = errors.Join(err, l.forget(), l.table.close())
+				err = errors.Join(err, l.table.forget(), l.table.close())
 			}
 			layers = nil
 		}
@@ -222,17 +217,60 @@ func (d *Device) openLayers() ([]*layer, error) {
 	return layers, nil
 }
 
+// numbers are those of the device's files of a name, ascending.
+func (d *Device) numbers(name string) ([]uint64, error) {
+	entries, err := os.ReadDir(d.dir)
+	if err != nil {
+		return nil, err
+	}
+	var numbers []uint64
+	for _, e := range entries {
+		var n uint64
+		if _, err := fmt.Sscanf(e.Name(), name, &n); err == nil {
+			numbers = append(numbers, n)
+		}
+	}
+	slices.Sort(numbers)
+	return numbers, nil
+}
+
+// removeOverlays removes the overlays of images that are not healthy.
+func (d *Device) removeOverlays() error {
+	numbers, err := d.numbers(overlayName)
+	if err != nil {
+		return err
+	}
+	for _, n := range numbers {
+		used := slices.ContainsFunc(d.images, func(i *Image) bool { return i.layer.number == n })
+		if used {
+			continue
+		}
+		if err := os.Remove(layerPath(d.dir, overlayName, n)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // recoverImage makes the image that begins with l.
 func (d *Device) recoverImage(s *Snapshot, l *layer, frozen map[uint64]*cbt.Frozen) {
-	i := &Image{device: d, snapshot: s, layer: l, frozen: frozen[l.cbt()], gone: make(chan struct{})}
+	h := l.header()
+	i := &Image{device: d, snapshot: s, size: h.size, layer: l, frozen: frozen[l.cbt()], gone: make(chan struct{})}
 	delete(frozen, l.cbt())
-	switch kind, reason := l.fault(); {
+	kind, reason := l.fault()
+	var err error
+	if h.writable && kind == faultNone && i.frozen != nil {
+		i.overlay, err = openOverlay(d.dir, h.number)
+	}
+	switch {
 	case kind == faultOverflowed:
 		i.fault.Store(overflowed)
 	case kind != faultNone:
 		i.fault.Store(failed(reason))
 	case i.frozen == nil:
 		i.noteFaultLocked(failed("its change map is lost"))
+	case err != nil:
+		i.noteFaultLocked(failed("what was written to it is lost: " + err.Error()))
 	default:
 		l.image = i
 		d.images = append(d.images, i)
@@ -248,6 +286,11 @@ func (d *Device) recoverImage(s *Snapshot, l *layer, frozen map[uint64]*cbt.Froz
 // had, because its part died with the process or is another now, costs the images
 // that read it.
 func (d *Device) adopt() {
+	for _, i := range slices.Clone(d.images) {
+		if i.overlay != nil {
+			d.adoptOverlay(i)
+		}
+	}
 	for n, l := range d.layers {
 		for c, w := range l.table.from(0) {
 			if !w.hasSlot() {
@@ -272,6 +315,23 @@ func (d *Device) older(n int, c chunkNo, w word) bool {
 		o := l.table.load(c)
 		return o.hasSlot() && o.slot() == w.slot() && w.mask()&^o.mask() == 0
 	})
+}
+
+// adoptOverlay does the same with an overlay, whose slots nobody else names.
+func (d *Device) adoptOverlay(i *Image) {
+	var lost error
+	for c, w := range i.overlay.table.from(0) {
+		if !w.hasSlot() {
+			continue
+		}
+		if err := d.pool.Adopt(w.slot(), w.mask()); err != nil {
+			i.overlay.table.store(c, 0)
+			lost = err
+		}
+	}
+	if lost != nil {
+		d.breakImage(i, failed(lost.Error()), lost)
+	}
 }
 
 // loseFound breaks the images that find blocks mask of c in layer n, where they

@@ -48,6 +48,9 @@ type TakeOptions struct {
 	// Note is what the caller wants to find again with the snapshot after a
 	// restart, 404 bytes at most.
 	Note []byte
+
+	// Writable makes images that can be written to.
+	Writable bool
 }
 
 // Take takes a snapshot of the devices, all at one instant: a write that was
@@ -93,7 +96,7 @@ func (c *Catalogue) take(name string, devices []*Device, o TakeOptions) (*Snapsh
 	s := &Snapshot{catalogue: c, record: r, name: name, note: o.Note}
 	preps := make([]*prepared, 0, len(devices))
 	for _, d := range devices {
-		p, err := d.prepare(s, id)
+		p, err := d.prepare(s, id, o)
 		if err != nil {
 			return nil, errors.Join(err, s.discard(preps))
 		}
@@ -117,7 +120,7 @@ func (s *Snapshot) sortImages() {
 
 // prepare makes everything that the instant needs, so that nothing is allocated
 // and nothing can fail while writes wait.
-func (d *Device) prepare(s *Snapshot, id uint64) (*prepared, error) {
+func (d *Device) prepare(s *Snapshot, id uint64, o TakeOptions) (*prepared, error) {
 	select {
 	case <-d.stop:
 		return nil, fmt.Errorf("%s: %w", d.name, ErrStopping)
@@ -129,13 +132,20 @@ func (d *Device) prepare(s *Snapshot, id uint64) (*prepared, error) {
 	if u := d.durable.Load(); u != nil {
 		d.keepUp("reserve a number", u, func() error { return u.regions.reserve(d.changes.Number() + 1) })
 	}
-	l, err := newLayer(d.dir, layerHeader{number: d.nextLayer, size: d.Size(), snapshot: id})
+	h := layerHeader{number: d.nextLayer, size: d.Size(), snapshot: id, writable: o.Writable}
+	l, err := newLayer(d.dir, h)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", d.name, err)
 	}
 	d.nextLayer++
 	d.cat.did("make a layer")
-	i := &Image{device: d, snapshot: s, layer: l, gone: make(chan struct{})}
+	i := &Image{device: d, snapshot: s, size: h.size, layer: l, gone: make(chan struct{})}
+	if o.Writable {
+		if i.overlay, err = newOverlay(d.dir, h); err != nil {
+			return nil, fmt.Errorf("%s: %w", d.name, errors.Join(err, l.table.forget(), l.table.close()))
+		}
+		d.cat.did("make an overlay")
+	}
 	l.image = i
 	d.mu.Lock()
 	d.layers = slices.Grow(d.layers, 1)
@@ -151,7 +161,10 @@ func (s *Snapshot) discard(preps []*prepared) error {
 		if p.image.frozen != nil {
 			p.image.frozen.Release()
 		}
-		errs = append(errs, p.layer.forget(), p.layer.table.close())
+		errs = append(errs, p.layer.table.forget(), p.layer.table.close())
+		if o := p.image.overlay; o != nil {
+			errs = append(errs, o.table.forget(), o.table.close())
+		}
 	}
 	s.catalogue.release(s.record)
 	return errors.Join(errs...)

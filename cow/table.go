@@ -1,4 +1,4 @@
-// The table of a layer: chunk -> word.
+// The table of a layer or overlay: chunk -> word.
 //
 // A table is a radix tree in memory that never moves, with offsets instead of
 // pointers, so that it is the same bytes wherever it is mapped. Leaves hold 32
@@ -10,7 +10,7 @@
 // Layout, all numbers in the machine's byte order, offsets in units of 64 bytes:
 //
 //	offset  size  content
-//	     0  4096  not the table's (a layer has its header there)
+//	     0  4096  not the table's (a layer's header)
 //	  4096  1024  root: a node, or (devices up to 2 MiB) a leaf
 //	  5120     …  nodes and leaves in the order in which they were first needed
 //
@@ -26,6 +26,7 @@ package cow
 import (
 	"fmt"
 	"iter"
+	"os"
 	"sync"
 	"sync/atomic"
 	"unsafe"
@@ -130,6 +131,17 @@ func (t *table) reserve(c chunkNo, n int) error {
 
 // bytes is how much memory the table takes.
 func (t *table) bytes() int64 { return t.mem.Len() }
+
+// forget makes the table's file one that no start takes for a layer's or overlay's.
+// It comes before any of its slots is given out again: else a start would find a
+// slot in two tables and give it to the wrong one.
+func (t *table) forget() error {
+	wordAt(t.header(), 0).Store(0)
+	if t.path == "" {
+		return nil
+	}
+	return os.Remove(t.path)
+}
 
 // close leaves the table's file as it is.
 func (t *table) close() error { return t.mem.Close() }

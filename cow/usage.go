@@ -5,15 +5,24 @@ package cow
 import "math/bits"
 
 // Holds is how many bytes of the snapstore would come back if only this image were
-// destroyed: what it finds in its own layer and no older image would need there.
-// It is 0 once the image is destroyed or lost.
+// destroyed: what it finds in its own layer and no older image would need there,
+// and what was written to it. It is 0 once the image is destroyed or lost.
 func (i *Image) Holds() int64 {
 	g, _ := i.device.readers.tryEnter()
 	defer i.device.readers.leave(g)
 	own, older := i.ownLayer()
-	if own == nil {
+	switch {
+	case own == nil:
 		return 0
+	case i.overlay == nil:
+		return preservedFor(own, older)
 	}
+	return preservedFor(own, older) + i.overlay.bytes()
+}
+
+// preservedFor is how many bytes only the image needs that the layer own begins
+// with. older is what ownLayer returns.
+func preservedFor(own *layer, older *shield) int64 {
 	var blocks int
 	for c, w := range own.table.from(0) {
 		if !w.hasSlot() {
@@ -33,10 +42,11 @@ func (i *Image) Holds() int64 {
 func (i *Image) Shares() int64 {
 	g, _ := i.device.readers.tryEnter()
 	defer i.device.readers.leave(g)
-	if own, _ := i.ownLayer(); own == nil {
+	own, older := i.ownLayer()
+	if own == nil {
 		return 0
 	}
-	chain := i.chain(nil)
+	chain := i.chain(nil, nil)
 	var blocks int64
 	for c := range preserved(chain, 0, chunks(i.Size())) {
 		var places [blocksPerChunk]place
@@ -47,7 +57,7 @@ func (i *Image) Shares() int64 {
 			}
 		}
 	}
-	return max(0, blocks*blockSize-i.Holds())
+	return max(0, blocks*blockSize-preservedFor(own, older))
 }
 
 // ownLayer returns the image's layer and, as a shield, the layers from the next
