@@ -80,8 +80,9 @@ func (i *Image) Trim(off, n int64, fua bool) error {
 
 // amend calls f for each window of [off, off+n), inside readers.
 func (i *Image) amend(what string, off, n int64, f func(off, n int64) error) error {
-	var err error
+	err := i.Err()
 	switch {
+	case err != nil:
 	case !i.Writable():
 		err = syscall.EROFS
 	case off < 0 || n < 0 || off > i.size-n:
@@ -119,10 +120,12 @@ func (i *Image) amendWindow(off, n int64, f func(off, n int64) error) error {
 func (i *Image) mark(off, n int64) error {
 	d := i.device
 	// Inside the gate no snapshot comes about: each newer map is either in the
-	// list, or will be made from the live one after it was marked.
-	g, ok := d.writers.enter(d.stop)
-	if !ok {
-		return ErrStopping
+	// list, or will be made from the live one after it was marked. What the live
+	// map must not forget when power is lost is recorded as for a write to the
+	// device.
+	g, err := d.letIn(off, n)
+	if err != nil {
+		return err
 	}
 	defer d.writers.leave(g)
 	d.mu.Lock()

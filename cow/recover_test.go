@@ -192,6 +192,7 @@ type facts struct {
 	changing string              // a snapshot that may or may not be there
 	lost     map[string]bool     // snapshots that may have overflowed
 	off, n   int64               // bytes of every device that may be old or new
+	written  string              // a snapshot whose images may have old or new bytes there instead
 }
 
 func (f facts) clone() facts {
@@ -212,7 +213,9 @@ func (f facts) verify(t *testing.T, s *site) {
 		if err := d.Read(got, 0); err != nil {
 			t.Fatal(err)
 		}
-		copy(got[f.off:f.off+f.n], f.live[k][f.off:])
+		if f.written == "" {
+			copy(got[f.off:f.off+f.n], f.live[k][f.off:])
+		}
 		if !bytes.Equal(got, f.live[k]) {
 			t.Errorf("after %q: device %s does not hold what was acknowledged", f.what, d.Name())
 		}
@@ -228,6 +231,9 @@ func (f facts) verify(t *testing.T, s *site) {
 		for k, d := range siteDevices {
 			got := make([]byte, siteSize)
 			err := image(t, n, d).Read(got, 0)
+			if name == f.written {
+				copy(got[f.off:f.off+f.n], want[k][f.off:])
+			}
 			switch {
 			case err == nil && !bytes.Equal(got, want[k]):
 				t.Errorf("after %q: %s@%s: at %d other bytes", f.what, d, name, firstDiff(got, want[k]))
@@ -252,7 +258,7 @@ func (f facts) verify(t *testing.T, s *site) {
 func (f facts) verifyIncrements(t *testing.T, s *site) {
 	t.Helper()
 	for name, n := range s.snap {
-		for k, d := range s.devs {
+		for _, d := range s.devs {
 			i := image(t, n, d.Name())
 			if i.Err() != nil || f.snaps[name] == nil {
 				continue
@@ -262,8 +268,8 @@ func (f facts) verifyIncrements(t *testing.T, s *site) {
 				t.Errorf("after %q: %s does not know what changed since %s", f.what, d.Name(), name)
 				continue
 			}
-			copied, now := slices.Clone(f.snaps[name][k]), make([]byte, siteSize)
-			if err := d.Read(now, 0); err != nil {
+			copied, now := make([]byte, siteSize), make([]byte, siteSize)
+			if err := errors.Join(i.Read(copied, 0), d.Read(now, 0)); err != nil {
 				t.Fatal(err)
 			}
 			for r := range runs {
@@ -317,9 +323,34 @@ func (c *script) write(v byte, off, n int64) {
 	})
 }
 
-func (c *script) take(name string) {
+// writeImage writes to a snapshot's images; v 0 is written as zeroes.
+func (c *script) writeImage(name string, v byte, off, n int64) {
+	c.set(func(f *facts) { f.off, f.n, f.written = off, n, name })
+	for _, d := range siteDevices {
+		i := image(c.t, c.s.snap[name], d)
+		if v != 0 {
+			put(c.t, i, v, off, n)
+		} else if err := i.Zero(off, n); err != nil {
+			c.t.Fatal(err)
+		}
+	}
+	c.set(func(f *facts) {
+		images := slices.Clone(f.snaps[name])
+		for k := range images {
+			images[k] = slices.Clone(images[k])
+			fill(images[k], v, off, n)
+		}
+		f.snaps[name] = images
+		f.n, f.written = 0, ""
+	})
+}
+
+func (c *script) take(name string) { c.takeWith(name, TakeOptions{}) }
+
+func (c *script) takeWith(name string, o TakeOptions) {
 	c.set(func(f *facts) { f.snaps[name], f.changing = f.live, name })
-	n, err := c.s.cat.Take(name, c.s.devs, TakeOptions{Limit: time.Minute})
+	o.Limit = time.Minute
+	n, err := c.s.cat.Take(name, c.s.devs, o)
 	if err != nil {
 		c.t.Fatal(err)
 	}
@@ -356,8 +387,12 @@ func (c *script) run() {
 	c.take("two")
 	c.write(3, 4096, 4096)
 	c.write(4, 64<<10, 8192)
-	c.take("three")
+	c.takeWith("three", TakeOptions{Writable: true})
+	c.writeImage("three", 50, 2000, 70000)
 	c.write(5, 0, 200000)
+	c.writeImage("three", 51, 4096, 5000)
+	c.writeImage("three", 0, 0, 64<<10)
+	c.writeImage("three", 52, 100, 100)
 	c.destroy("two") // folds: slots move, and are joined
 	c.write(6, 300000, 5)
 	c.take("four")
