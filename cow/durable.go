@@ -148,8 +148,10 @@ func (d *Device) restartDurable() error {
 	}
 	u := &durable{dir: d.stateDir}
 	var err error
+	// A snapshot that is being taken may not have found a record to reserve its
+	// number in.
 	u.regions, err = createRegions(u.regionsPath(), regionsState{
-		size: d.Size(), generation: d.changes.Generation(), number: d.changes.Number(),
+		size: d.Size(), generation: d.changes.Generation(), number: d.changes.Number() + 1,
 	})
 	if err != nil {
 		return err

@@ -2,6 +2,7 @@ package cow
 
 import (
 	"errors"
+	"fmt"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -44,8 +45,13 @@ func TestStateCannotBeWritten(t *testing.T) {
 	}{
 		{"write", "record a region: ", func(d *Device) error { return d.Write([]byte{1}, 0, false) }},
 		{"snapshot", "reserve a number: ", func(d *Device) error {
-			_, err := d.cat.Take("s", []*Device{d}, TakeOptions{Limit: time.Minute})
-			return err
+			// More than are reserved already.
+			for k := range 2 * reserveStep {
+				if _, err := d.cat.Take(fmt.Sprint(k), []*Device{d}, TakeOptions{Limit: time.Minute}); err != nil {
+					return err
+				}
+			}
+			return nil
 		}},
 		{"checkpoint", "drop regions from the record: ", func(d *Device) error {
 			if err := d.checkpoint(); !errors.Is(err, syscall.EIO) {
