@@ -347,7 +347,9 @@ func TestFileSizeLimit(t *testing.T) {
 	if info := p.Parts(); info[0].State != "ok" || info[0].Used < 9<<20/16*5 || info[1].Used == 0 {
 		t.Errorf("parts\n got %+v\nwant 9 MiB of slots or more in the file, then memory", info)
 	}
-	if written < 390 {
-		t.Errorf("blocks written\n got %d\nwant nearly 400", written)
+	// The file is tried again each second; without being left alone in between it
+	// would have refused 240 of them.
+	if written < 300 {
+		t.Errorf("blocks written\n got %d of 400\nwant 300 or more", written)
 	}
 }
