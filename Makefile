@@ -19,7 +19,7 @@ STATICCHECK := go run honnef.co/go/tools/cmd/staticcheck@v0.8.2
 # The programs that each target needs beyond Go; test/require.sh knows their
 # packages.
 DEMO_NEEDS  := nbdfuse losetup mkfs.ext4 e2fsck fusermount3
-TEST_NEEDS  := $(DEMO_NEEDS) gcc git mkfs.xfs mkfs.btrfs qemu-img nbdinfo nbdcopy nbdkit fio rsync \
+TEST_NEEDS  := $(DEMO_NEEDS) gcc git mkfs.xfs mkfs.btrfs qemu-img nbdinfo nbdcopy file nbdkit fio rsync \
                groff nbd-client qemu-system-x86_64 unxz python3 /usr/lib/python3/dist-packages/nbd.py shellcheck
 BENCH_NEEDS := $(DEMO_NEEDS) fio nbdkit nbdcopy qemu-nbd qemu-storage-daemon
 
