@@ -39,8 +39,9 @@ func (e *extents) find(i *Image) ([]dataRun, error) {
 	return data, nil
 }
 
-// scanWindow bounds how long one look at the tables takes.
-const scanWindow = 1 << 30
+// scanWindow is how many preserved chunks one look at the tables visits, so that
+// nobody waits long for its reader to leave.
+var scanWindow = 1 << 14 // smaller in tests
 
 // scan finds the data of the image. For each run it asks the origin first and
 // looks at the tables afterwards: a block that was changed since the image's
@@ -56,29 +57,32 @@ func (i *Image) scan() ([]dataRun, error) {
 		data = append(data, dataRun{off, end})
 	}
 	for off := int64(0); off < i.Size(); {
-		hole, end, err := i.device.file.next(off, min(off+scanWindow, i.Size()))
+		hole, end, err := i.device.file.next(off, i.Size())
 		if err != nil {
 			return nil, i.device.originError("find holes of", off, err)
 		}
-		if err := i.scanRun(off, end, hole, add); err != nil {
-			return nil, err
+		for off < end {
+			if off, err = i.scanRun(off, end, hole, add); err != nil {
+				return nil, err
+			}
 		}
-		off = end
 	}
 	return slices.Clip(data), i.Err()
 }
 
 // scanRun adds the data in [off, end), which the origin says is all hole or all
-// data. Both are multiples of a block but for the end of the image, or the
-// origin's file system has smaller blocks: then the block counts as data.
-func (i *Image) scanRun(off, end int64, hole bool, add func(off, end int64)) error {
+// data, and returns where it stopped: at the end, or after scanWindow chunks. Both
+// are multiples of a block but for the end of the image, or the origin's file
+// system has smaller blocks: then the block counts as data.
+func (i *Image) scanRun(off, end int64, hole bool, add func(off, end int64)) (int64, error) {
 	g, _ := i.device.readers.tryEnter()
 	defer i.device.readers.leave(g)
 	if err := i.Err(); err != nil {
-		return err
+		return off, err
 	}
 	chain := i.chain(nil, nil)
 	at := off // everything before was added
+	visited := 0
 	for c := range preserved(chain, chunkNo(off>>chunkShift), chunks(end)) {
 		var places [blocksPerChunk]place
 		locate(chain, places[:], c.off(), chunkSize)
@@ -95,11 +99,15 @@ func (i *Image) scanRun(off, end int64, hole bool, add func(off, end int64)) err
 			}
 			at = to
 		}
+		if visited++; visited == scanWindow {
+			end = min(c.off()+chunkSize, end)
+			break
+		}
 	}
 	if !hole && at < end {
 		add(at, end)
 	}
-	return nil
+	return end, nil
 }
 
 // preserved yields the chunks of [c, end) that any table of the chain has a word

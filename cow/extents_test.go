@@ -31,6 +31,13 @@ func wantList(t *testing.T, what string, got []string, want ...string) {
 }
 
 func TestHolesOfAnImage(t *testing.T) {
+	t.Run("in one look", testHolesOfAnImage)
+	defer func(n int) { scanWindow = n }(scanWindow)
+	scanWindow = 1
+	t.Run("chunk by chunk", testHolesOfAnImage)
+}
+
+func testHolesOfAnImage(t *testing.T) {
 	const block = blockSize
 	r := newRig(t, 1, 64*block, 16<<20)
 	d := r.devs[0]

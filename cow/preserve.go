@@ -166,22 +166,19 @@ func (d *Device) preserveBatch(head *table, b *batch) error {
 // chunk's lock, unless an older layer of the shield has the block, and then
 // nobody looks for it here.
 func (d *Device) preserveHoles(head *table, b *batch) error {
-	end := min(b.missing[len(b.missing)-1].chunk.off()+chunkSize, d.Size())
-	var hole bool // of the run that ends at to
-	var to int64
 	rest := b.missing[:0]
 	for _, m := range b.missing {
-		from := m.chunk.off()
-		if to <= from {
-			var err error
-			if hole, to, err = d.file.next(from, end); err != nil {
+		if m.word == 0 {
+			from, end := m.chunk.off(), min(m.chunk.off()+chunkSize, d.Size())
+			hole, to, err := d.file.next(from, end)
+			if err != nil {
 				return d.originError("find holes of", from, err)
 			}
-		}
-		if hole && to >= min(from+chunkSize, d.Size()) && m.word == 0 {
-			head.store(m.chunk, zeroWord)
-			d.cat.did("publish a hole")
-			continue
+			if hole && to == end {
+				head.store(m.chunk, zeroWord)
+				d.cat.did("publish a hole")
+				continue
+			}
 		}
 		rest = append(rest, m)
 	}
