@@ -84,9 +84,13 @@ func (d *Device) checkTable(t *table, what string, named map[store.Slot]uint16) 
 }
 
 // uselessLocked is which blocks of w, the word of c in layer n, are in an older
-// layer of the newest image's chain too, so that no image reads them here.
+// layer of the newest image's chain too, or beyond its end, so that no image reads
+// them here.
 func (d *Device) uselessLocked(newest, n int, c chunkNo, w word) uint16 {
 	var older uint16
+	if newest >= 0 {
+		older = c.beyond(d.layers[newest].image.size)
+	}
 	for _, l := range d.layers[max(newest, 0):n] {
 		older |= l.table.load(c).mask()
 	}

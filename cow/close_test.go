@@ -20,8 +20,10 @@ type home struct {
 	dir  string
 	size int64
 
-	state  string      // directory of what outlives the machine, empty where nothing does
-	notify func(Event) // may be nil
+	state  string       // directory of what outlives the machine, empty where nothing does
+	moved  bool         // the origin is a copy that is taken for the original
+	notify func(Event)  // may be nil
+	step   func(string) // see Catalogue.step
 
 	cat  *Catalogue
 	part *part
@@ -45,6 +47,7 @@ func newHome(t *testing.T, size int64) *home {
 func (h *home) open() map[string]*Snapshot {
 	h.t.Helper()
 	h.cat = newCatalogue(h.t, filepath.Join(h.dir, "run"), h.state)
+	h.cat.step = h.step
 	f, err := store.OpenFile(filepath.Join(h.dir, "store"), 16<<20, false)
 	if err != nil {
 		h.t.Fatal(err)
@@ -54,6 +57,9 @@ func (h *home) open() map[string]*Snapshot {
 	o, err := OpenOrigin(filepath.Join(h.dir, "vda"))
 	if err != nil {
 		h.t.Fatal(err)
+	}
+	if h.moved {
+		o.file = movedFile{o.file}
 	}
 	if h.dev, err = h.cat.Open(o, h.pool, Config{Name: "vda", Notify: h.notify}); err != nil {
 		h.t.Fatal(err)
@@ -70,6 +76,14 @@ func (h *home) open() map[string]*Snapshot {
 		h.t.Fatal(err)
 	}
 	return snaps
+}
+
+// movedFile is an origin that looks the same wherever it is.
+type movedFile struct{ originFile }
+
+func (f movedFile) identify(bool) (identity, error) {
+	size, err := f.size()
+	return identity{ino: 1, size: size, changed: 1}, err
 }
 
 func (h *home) take(name string) *Snapshot {

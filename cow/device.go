@@ -100,6 +100,9 @@ type Device struct {
 	flusher *flusher
 	copier  *copier
 
+	// size is in bytes. It changes under taking, while nobody is inside writers.
+	size atomic.Int64
+
 	// writers is passed by everything that changes the device, shut while a
 	// snapshot is taken. readers is passed by everything that looks at tables
 	// or slots without being a writer; it is never shut.
@@ -120,6 +123,7 @@ type Device struct {
 	stateDir    string                // where durable is, empty where nothing outlives the machine
 	reason      atomic.Pointer[error] // why the generation must end, as yet
 	poked       chan struct{}         // wakes keepDurable
+	keeping     chan struct{}         // full while somebody replaces durable, or writes it down
 	ending      sync.Mutex            // held while it is noted that the generation ended
 
 	stop    chan struct{} // closed when the device closes
@@ -187,8 +191,10 @@ func (c *Catalogue) open(o *Origin, pool *store.Pool, cfg Config) (*Device, erro
 		stop:    make(chan struct{}),
 		wake:    make(chan struct{}, 1),
 		poked:   make(chan struct{}, 1),
+		keeping: make(chan struct{}, 1),
 		lease:   new(atomic.Int64),
 	}
+	d.size.Store(o.size)
 	d.flusher = newFlusher(d.file.sync)
 	d.copier = newCopier(pool)
 	d.settled = sync.NewCond(&d.mu)
@@ -221,7 +227,7 @@ func (d *Device) find() (lost, err error) {
 		return nil, why
 	}
 	if why == nil {
-		why = d.recoverState()
+		why = d.recoverState(was.size)
 	}
 	if why == nil { // a predecessor in this boot
 		now, err := d.file.identify(false)
@@ -354,8 +360,8 @@ func (d *Device) Name() string { return d.name }
 // Origin is the origin's absolute path.
 func (d *Device) Origin() string { return d.origin.path }
 
-// Size is in bytes and constant.
-func (d *Device) Size() int64 { return d.origin.size }
+// Size is in bytes. Only Resize and Shrink change it.
+func (d *Device) Size() int64 { return d.size.Load() }
 
 // ReadOnly is false.
 func (d *Device) ReadOnly() bool { return false }
@@ -378,7 +384,20 @@ func (d *Device) State() string {
 func (d *Device) Read(p []byte, off int64) error {
 	_, err := d.file.ReadAt(p, off)
 	if err != nil {
+		// What is beyond the end is no failure of the origin.
+		if err := d.within("read", off, int64(len(p)), syscall.EINVAL); err != nil {
+			return err
+		}
 		return d.originError("read", off, err)
+	}
+	return nil
+}
+
+// within fails with errno where the device does not hold [off, off+n). Whoever was
+// told its size before it became smaller may ask for such a range.
+func (d *Device) within(op string, off, n int64, errno error) error {
+	if size := d.Size(); off > size-n {
+		return fmt.Errorf("%s %s at %d: %d bytes are not within its %d: %w", op, d.name, off, n, size, errno)
 	}
 	return nil
 }

@@ -48,11 +48,16 @@ func (u *durable) regionsPath() string    { return filepath.Join(u.dir, "regions
 // covered says whether a write to [off, off+n) needs nothing to be noted first.
 func (d *Device) covered(off, n int64) bool {
 	now := time.Now().UnixNano()
+	d.renewLease(now)
+	u := d.durable.Load()
+	return u == nil || u.regions.note(off, n) && u.lease.Load() > now
+}
+
+// renewLease lets our own writes stamp the origin for a while.
+func (d *Device) renewLease(now int64) {
 	if d.lease.Load() < now+int64(runLease/2) {
 		d.lease.Store(now + int64(runLease))
 	}
-	u := d.durable.Load()
-	return u == nil || u.regions.note(off, n) && u.lease.Load() > now
 }
 
 // cover notes what a write to [off, off+n) needs. It takes an fsync, and ends the
@@ -138,6 +143,21 @@ func remove(path string) error {
 		return err
 	}
 	return nil
+}
+
+// dropDurable goes on without durable state for a moment; keepDurable begins it
+// anew. Until then a loss of power ends the generation. The caller holds keeping.
+func (d *Device) dropDurable() {
+	u := d.durable.Load()
+	if u == nil {
+		return
+	}
+	if err := u.discard(); err != nil {
+		d.endDurable(u, err)
+		return
+	}
+	d.durable.CompareAndSwap(u, nil)
+	d.poke()
 }
 
 // restartDurable begins an empty record and writes the map down. Until that is
@@ -334,10 +354,16 @@ func (d *Device) keepDurable() {
 			d.renew()
 		case <-tick.C:
 		}
+		select {
+		case <-d.stop:
+			return
+		case d.keeping <- struct{}{}:
+		}
 		err := d.checkpoint()
 		if d.durable.Load() == nil {
 			err = d.restartDurable()
 		}
+		<-d.keeping
 		if err != nil && !errors.Is(err, ErrStopping) {
 			d.cfg.Log.Warn("write the change map down", "err", err)
 		}

@@ -57,9 +57,9 @@ func (i *Image) scan() ([]dataRun, error) {
 		data = append(data, dataRun{off, end})
 	}
 	for off := int64(0); off < i.Size(); {
-		hole, end, err := i.device.file.next(off, i.Size())
+		hole, end, err := i.nextInOrigin(off)
 		if err != nil {
-			return nil, i.device.originError("find holes of", off, err)
+			return nil, err
 		}
 		for off < end {
 			if off, err = i.scanRun(off, end, hole, add); err != nil {
@@ -68,6 +68,21 @@ func (i *Image) scan() ([]dataRun, error) {
 		}
 	}
 	return slices.Clip(data), i.Err()
+}
+
+// nextInOrigin finds the run of data or hole of the origin that begins at off. What
+// was cut from the device counts as a hole: the image has all of it in its tables.
+func (i *Image) nextInOrigin(off int64) (hole bool, to int64, err error) {
+	for {
+		end := min(i.size, i.device.Size())
+		if off >= end {
+			return true, i.size, nil
+		}
+		hole, to, err = i.device.nextRun(off, end)
+		if err == nil || end <= i.device.Size() {
+			return hole, to, err
+		}
+	}
 }
 
 // scanRun adds the data in [off, end), which the origin says is all hole or all

@@ -55,7 +55,7 @@ func (k *disk) ReadAt(p []byte, off int64) (int, error) {
 	}
 	k.mu.RLock()
 	defer k.mu.RUnlock()
-	n := copy(p, k.data[off:])
+	n := copy(p, k.data[min(off, int64(len(k.data))):])
 	if n < len(p) {
 		return n, io.EOF
 	}
@@ -68,6 +68,9 @@ func (k *disk) WriteAt(p []byte, off int64) (int, error) {
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	if end := off + int64(len(p)); end > int64(len(k.data)) {
+		k.resizeLocked(end) // as a file does
+	}
 	k.fill(off, int64(len(p)))
 	return copy(k.data[off:], p), nil
 }
@@ -96,6 +99,8 @@ func (k *disk) zero(off, n int64, free bool) error {
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	off = min(off, int64(len(k.data)))
+	n = min(n, int64(len(k.data))-off)
 	clear(k.data[off : off+n])
 	if !free {
 		k.fill(off, n)
@@ -113,17 +118,54 @@ func (k *disk) next(off, end int64) (hole bool, to int64, err error) {
 	}
 	k.mu.RLock()
 	defer k.mu.RUnlock()
+	size := int64(len(k.data))
+	if off >= size && size < end {
+		return true, end, io.ErrUnexpectedEOF // as of a file
+	}
 	b := off / blockSize
 	hole = !k.filled[b]
-	for ; b*blockSize < end && k.filled[b] != hole; b++ {
+	for ; b*blockSize < min(end, size) && k.filled[b] != hole; b++ {
 	}
-	return hole, min(b*blockSize, end), nil
+	to = min(b*blockSize, end, size)
+	if hole && to == size && size < end {
+		err = io.ErrUnexpectedEOF
+	}
+	return hole, to, err
+}
+
+func (k *disk) size() (int64, error) {
+	k.mu.RLock()
+	defer k.mu.RUnlock()
+	return int64(len(k.data)), k.call("size", 0, 0)
+}
+
+func (k *disk) truncate(size int64) error {
+	if err := k.call("truncate", size, 0); err != nil {
+		return err
+	}
+	k.resize(size)
+	return nil
+}
+
+// resize is what somebody else does.
+func (k *disk) resize(size int64) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.resizeLocked(size)
+}
+
+func (k *disk) resizeLocked(size int64) {
+	data, filled := make([]byte, size), make([]bool, (size+blockSize-1)/blockSize)
+	copy(data, k.data)
+	copy(filled, k.filled)
+	k.data, k.filled = data, filled
 }
 
 func (k *disk) willNeed(off, n int64) {}
 
 func (k *disk) identify(bool) (identity, error) {
-	return identity{ino: 1, size: int64(len(k.data)), changed: 1}, nil
+	size, err := k.size()
+	return identity{ino: 1, size: size, changed: 1}, err
 }
 
 func (k *disk) noteEnded(uuid.UUID) error { return syscall.ENOTSUP }
@@ -183,6 +225,7 @@ type rig struct {
 	stuck  int64 // bytes in slots that a write hangs in
 	mu     sync.Mutex
 	events []Event
+	notify func(Event) // if set, called for each event as well
 }
 
 // newRig makes n devices of size bytes each over a snapstore of limit bytes.
@@ -229,7 +272,11 @@ func (r *rig) addDevice(name string, size int64, c Config) *Device {
 	c.Notify = func(e Event) {
 		r.mu.Lock()
 		r.events = append(r.events, e)
+		notify := r.notify
 		r.mu.Unlock()
+		if notify != nil {
+			notify(e)
+		}
 	}
 	d, err := r.cat.Open(&Origin{path: "/" + name, size: size, file: k}, r.pool, c)
 	if err != nil {

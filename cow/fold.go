@@ -21,11 +21,11 @@ import (
 func (d *Device) foldAll(s *scrap) {
 	var kept *layer // could not be folded: the store has no room, or fails
 	for {
-		older, l := d.nextFold(kept)
+		older, end, l := d.nextFold(kept)
 		if l == nil {
 			return
 		}
-		if !d.fold(older, l, s) {
+		if !d.fold(older, end, l, s) {
 			kept = l
 			continue
 		}
@@ -35,23 +35,23 @@ func (d *Device) foldAll(s *scrap) {
 }
 
 // nextFold finds the oldest nameless layer after the layer kept, which is neither
-// the head nor the oldest, and its older neighbour.
-func (d *Device) nextFold(kept *layer) (older, l *layer) {
+// the head nor the oldest, and its older neighbour, whose image ends at end.
+func (d *Device) nextFold(kept *layer) (older *layer, end int64, l *layer) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	from := 1 + slices.Index(d.layers, kept)
 	for n := max(from, 1); n < len(d.layers)-1; n++ {
-		if d.layers[n].image == nil && d.layers[n-1].image != nil {
-			return d.layers[n-1], d.layers[n]
+		if i := d.layers[n-1].image; i != nil && d.layers[n].image == nil {
+			return d.layers[n-1], i.size, d.layers[n]
 		}
 	}
-	return nil, nil
+	return nil, 0, nil
 }
 
-// fold moves the words of l to older, and says whether all of them went. It ends
-// early where the device stops, and where the snapstore hangs: one deadline is
-// enough to learn that.
-func (d *Device) fold(older, l *layer, s *scrap) bool {
+// fold moves the words of l to older, as far as they are before end, and says
+// whether all of them went. It ends early where the device stops, and where the
+// snapstore hangs: one deadline is enough to learn that.
+func (d *Device) fold(older *layer, end int64, l *layer, s *scrap) bool {
 	all := true
 	for c, w := range l.table.from(0) {
 		select {
@@ -59,9 +59,9 @@ func (d *Device) fold(older, l *layer, s *scrap) bool {
 			return false
 		default:
 		}
-		err := d.foldChunk(older.table, c, w, s)
+		err := d.foldChunk(older.table, end, c, w, s)
 		if errors.Is(err, store.ErrFull) && d.giveUp(s) {
-			err = d.foldChunk(older.table, c, w, s) // now with what was useless before
+			err = d.foldChunk(older.table, end, c, w, s) // now with what was useless before
 		}
 		if errors.Is(err, errStuck) {
 			return false
@@ -77,16 +77,26 @@ func (d *Device) fold(older, l *layer, s *scrap) bool {
 	return all
 }
 
-// foldChunk sees to it that older has the blocks of w, which then needs no place
-// in the newer layer any more.
-func (d *Device) foldChunk(older *table, c chunkNo, w word, s *scrap) error {
+// foldChunk sees to it that older has the blocks of w that are before end. Then w
+// needs no place in the newer layer any more.
+func (d *Device) foldChunk(older *table, end int64, c chunkNo, w word, s *scrap) error {
+	useless := w.mask() & c.beyond(end)
+	if useless == w.mask() {
+		s.words = append(s.words, w)
+		return nil
+	}
 	if err := older.reserve(c, 1); err != nil {
 		return err
 	}
 	o := older.load(c)
-	need := w.mask() &^ o.mask()
+	need := w.mask() &^ useless &^ o.mask()
 	if o == 0 {
-		older.store(c, w) // the slot moves with it
+		// The slot moves with it.
+		if w.hasSlot() && useless != 0 {
+			s.shrunk = append(s.shrunk, makeWord(w.slot(), useless))
+			w = makeWord(w.slot(), need)
+		}
+		older.store(c, w)
 		return nil
 	}
 	if need != 0 {

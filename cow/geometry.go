@@ -49,6 +49,12 @@ func blockRange(first, n int) uint16 {
 	return uint16((1<<n - 1) << first)
 }
 
+// beyond has a bit for each block of the chunk that begins at end or after it.
+func (c chunkNo) beyond(end int64) uint16 {
+	first := max(0, min(blocksPerChunk, (end-c.off()+blockSize-1)>>blockShift))
+	return allBlocks &^ blockRange(0, int(first))
+}
+
 // spans yields the part of every chunk that [off, off+n) touches, in ascending
 // order; nothing when n is 0. The caller has checked that the range lies within
 // the origin.

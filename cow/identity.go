@@ -92,7 +92,13 @@ func (id identity) foreign(now identity, lease time.Time, sameBoot, clean bool) 
 //	offset  size  field
 //	     0   512  a checkpoint's header, for its identity
 //	   512     8  lease, nanoseconds since 1970; changes
-const leaseAt = checkpointHeader
+//	   520     8  size after the origin was resized, 0 where it was not; changes
+//	   528     8  size that the origin is being cut to, 0 where it is not; changes
+const (
+	leaseAt   = checkpointHeader
+	resizedAt = leaseAt + 8
+	cutToAt   = resizedAt + 8
+)
 
 // openLease maps the device's lease file, and returns the identity and the lease
 // that a predecessor left; errBlank where there is none.
@@ -112,7 +118,27 @@ func (d *Device) openLease() (mem *memory, was identity, lease time.Time, err er
 		return mem, was, lease, errBlank
 	}
 	info, err := decodeCheckpoint(b)
-	return mem, info.origin, time.Unix(0, int64(wordAt(mem.Bytes(), leaseAt).Load())), err
+	was = info.origin
+	if size := wordAt(mem.Bytes(), resizedAt).Load(); size != 0 {
+		was.size = int64(size)
+	}
+	if size := int64(wordAt(mem.Bytes(), cutToAt).Load()); size != 0 && size == d.Size() {
+		was.size = size // by the predecessor, in its last moment
+	}
+	return mem, was, time.Unix(0, int64(wordAt(mem.Bytes(), leaseAt).Load())), err
+}
+
+// noteSize notes the origin's new size where a killed process leaves it.
+func (d *Device) noteSize(size int64) {
+	d.renewLease(time.Now().UnixNano())
+	wordAt(d.leaseMemory.Bytes(), resizedAt).Store(uint64(size))
+	d.noteCut(0)
+	d.cat.did("note a new size")
+}
+
+// noteCut notes that the origin is being cut to size; 0: that it is not.
+func (d *Device) noteCut(size int64) {
+	wordAt(d.leaseMemory.Bytes(), cutToAt).Store(uint64(size))
 }
 
 // beginLease writes who the origin is to mem, and lets the lease begin.
@@ -124,6 +150,8 @@ func (d *Device) beginLease(mem *memory) error {
 	var b [checkpointHeader]byte
 	info.encode(b[:])
 	copy(mem.Bytes(), b[:])
+	wordAt(mem.Bytes(), resizedAt).Store(0)
+	wordAt(mem.Bytes(), cutToAt).Store(0)
 	d.lease = (*atomic.Int64)(unsafe.Pointer(&mem.Bytes()[leaseAt]))
 	d.lease.Store(max(d.lease.Load(), info.origin.changed))
 	mem.closeWhenUnused()

@@ -129,29 +129,31 @@ func (l *layer) fault() (kind uint64, reason string) {
 }
 
 // shield is what a writer looks at to see whether a block still has to be
-// preserved: the layers from the newest healthy image's to the head. It never
-// changes; a device replaces it by another.
+// preserved: the layers from the newest healthy image's to the head, and where
+// that image ends. It never changes; a device replaces it by another.
 //
 // Whether an older image finds the block is no question: its chain ends with
-// these layers.
+// these layers. Nor is what older images have beyond the newest one's end: it was
+// cut from the origin before, and they find it in older layers (resize.go).
 type shield struct {
 	layers []*layer // never empty; the last is the head
+	end    int64
 }
 
 func (s *shield) head() *layer { return s.layers[len(s.layers)-1] }
 
-// mask is which blocks of c are preserved. Newer layers are asked first: a word
-// that is folded into an older layer appears there before it goes from the newer
-// one, so it is seen in one of the two.
+// mask is which blocks of c need not be preserved any more. Newer layers are asked
+// first: a word that is folded into an older layer appears there before it goes
+// from the newer one, so it is seen in one of the two.
 func (s *shield) mask(c chunkNo) uint16 {
-	var m uint16
+	m := c.beyond(s.end)
 	for i := len(s.layers) - 1; i >= 0 && m != allBlocks; i-- {
 		m |= s.layers[i].table.load(c).mask()
 	}
 	return m
 }
 
-// covers says whether every block that [off, off+n) touches is preserved.
+// covers says whether nothing that [off, off+n) touches has to be preserved.
 func (s *shield) covers(off, n int64) bool {
 	for sp := range spans(off, n) {
 		if m := sp.mask(); m&^s.mask(sp.chunk) != 0 {

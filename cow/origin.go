@@ -57,6 +57,12 @@ type originFile interface {
 	// willNeed is a hint.
 	willNeed(off, n int64)
 
+	// size is the present size in bytes.
+	size() (int64, error)
+
+	// truncate cuts a file to size bytes; EINVAL for what is no file.
+	truncate(size int64) error
+
 	Close() error
 }
 
@@ -119,13 +125,11 @@ func openOrigin(path string) (*Origin, error) {
 // checkOrigin returns the size of an origin that nobody else is using, locked.
 func checkOrigin(f *os.File, st fs.FileInfo) (int64, error) {
 	size, err := f.Seek(0, io.SeekEnd)
-	switch {
-	case err != nil:
+	if err == nil {
+		err = checkSize(size)
+	}
+	if err != nil {
 		return 0, cause(err)
-	case size == 0:
-		return 0, errors.New("is empty")
-	case size%SectorSize != 0:
-		return 0, fmt.Errorf("is %d bytes long, not a multiple of %d", size, SectorSize)
 	}
 	if err := lockOrigin(f); err != nil {
 		return 0, err
@@ -138,10 +142,21 @@ func checkOrigin(f *os.File, st fs.FileInfo) (int64, error) {
 	return size, nil
 }
 
+// checkSize says whether an origin may be size bytes long.
+func checkSize(size int64) error {
+	switch {
+	case size == 0:
+		return errors.New("is empty")
+	case size%SectorSize != 0:
+		return fmt.Errorf("is %d bytes long, not a multiple of %d", size, SectorSize)
+	}
+	return nil
+}
+
 // Path is absolute.
 func (o *Origin) Path() string { return o.path }
 
-// Size is in bytes.
+// Size is how many bytes it had when it was opened.
 func (o *Origin) Size() int64 { return o.size }
 
 // Close gives the locks back.
@@ -276,8 +291,13 @@ func (f *hostFile) willNeed(off, n int64) {
 	f.use(func(fd int) error { return unix.Fadvise(fd, off, n, unix.FADV_WILLNEED) })
 }
 
+// size needs the file's position, which nothing else does.
+func (f *hostFile) size() (int64, error) { return f.Seek(0, io.SeekEnd) }
+
+func (f *hostFile) truncate(size int64) error { return f.Truncate(size) }
+
 func (f *hostFile) identify(fingerprint bool) (identity, error) {
-	size, err := f.Seek(0, io.SeekEnd)
+	size, err := f.size()
 	if err != nil {
 		return identity{}, err
 	}

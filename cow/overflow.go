@@ -5,6 +5,7 @@ package cow
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"syscall"
 
 	"blksnap/store"
@@ -28,26 +29,19 @@ func failed(reason string) *fault {
 }
 
 // lose breaks exactly the images that needed the blocks mask of chunk c, which
-// could not be preserved because of err: those newer than the newest layer that
-// holds a block, for the block where that layer is the oldest. The caller holds
-// the chunk's lock, and changes the origin only afterwards.
+// could not be preserved because of err: those that reach as far as a block and
+// are newer than the newest layer that holds it. The caller holds the chunk's lock,
+// and changes the origin only afterwards.
 func (d *Device) lose(c chunkNo, mask uint16, err error) {
 	f := failed(err.Error())
 	if errors.Is(err, store.ErrFull) || errors.Is(err, syscall.ENOSPC) {
 		f = overflowed
 	}
 	d.mu.Lock()
-	keep := len(d.layers) // images of layers[keep:] break
-	for keep > 0 && mask != 0 {
-		mask &^= d.layers[keep-1].table.load(c).mask()
-		keep--
-	}
-	if mask == 0 {
-		keep++
-	}
 	var lost []*Image
-	for _, l := range d.layers[min(keep, len(d.layers)):] {
-		if l.image != nil {
+	for _, l := range slices.Backward(d.layers) {
+		mask &^= l.table.load(c).mask()
+		if l.image != nil && mask&^c.beyond(l.image.size) != 0 {
 			lost = append(lost, l.image)
 		}
 	}

@@ -29,18 +29,26 @@ const maxFailedParts = 4
 // window is how many chunks are locked, and copied, at a time.
 const window = 16
 
-// preserve preserves what [off, off+n) touches. The caller is inside the gate. If
-// the snapstore is full and mayWait is set, it returns store.ErrFull and some of
-// the range may be preserved; in every other case of failure it has broken the
-// images that needed the blocks, and returns nil. A snapstore that hangs holds it
-// up for Config.PreserveLimit at most, and as long again where another write of
-// the same chunks was there first.
-func (d *Device) preserve(off, n int64, mayWait bool) error {
+// onFailure is what becomes of a block that cannot be preserved.
+type onFailure int
+
+const (
+	loseImages  onFailure = iota // the images that need it break
+	waitIfFull                   // the same, unless the snapstore is full
+	spareImages                  // they do not: it will not be changed then
+)
+
+// preserve preserves what [off, off+n) touches. The caller is inside the gate. It
+// returns an error where f says that no image breaks for it; then some of the
+// range may be preserved. A snapstore that hangs holds it up for
+// Config.PreserveLimit at most, and as long again where another write of the same
+// chunks was there first.
+func (d *Device) preserve(off, n int64, f onFailure) error {
 	deadline := time.Now().Add(d.cfg.PreserveLimit)
 	for n > 0 {
 		c := chunkNo(off >> chunkShift)
 		m := min(n, (c+window).off()-off)
-		if err := d.preserveWindow(off, m, deadline, mayWait); err != nil {
+		if err := d.preserveWindow(off, m, deadline, f); err != nil {
 			return err
 		}
 		off, n = off+m, n-m
@@ -78,7 +86,7 @@ var batches = sync.Pool{New: func() any {
 }}
 
 // preserveWindow is preserve for at most window chunks.
-func (d *Device) preserveWindow(off, n int64, deadline time.Time, mayWait bool) error {
+func (d *Device) preserveWindow(off, n int64, deadline time.Time, f onFailure) error {
 	if d.shielded(off, n) {
 		return nil
 	}
@@ -95,7 +103,7 @@ func (d *Device) preserveWindow(off, n int64, deadline time.Time, mayWait bool) 
 	for s := d.shield.Load(); s != nil; s = d.shield.Load() {
 		b.look(s, off, n)
 		err = d.preserveBatch(s.head().table, b)
-		if err == nil || mayWait && errors.Is(err, store.ErrFull) {
+		if err == nil || f == spareImages || f == waitIfFull && errors.Is(err, store.ErrFull) {
 			return err
 		}
 		if !errors.Is(err, store.ErrFull) {

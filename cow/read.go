@@ -19,9 +19,11 @@
 package cow
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"sync"
+	"syscall"
 
 	"blksnap/store"
 )
@@ -135,7 +137,12 @@ func (i *Image) readRun(p []byte, off, b, end int64, pl place) error {
 		clear(part)
 		return nil
 	case inOrigin:
-		return i.device.Read(part, from)
+		err := i.device.Read(part, from)
+		if err != nil {
+			// Where the device was cut, the image will break in a moment.
+			err = cmp.Or(i.device.within("read", from, int64(len(part)), syscall.EIO), err)
+		}
+		return err
 	}
 	s, block := store.Slot(pl/blocksPerChunk), int64(pl%blocksPerChunk)
 	if err := i.device.pool.ReadAt(s, part, block<<blockShift+from-b<<blockShift); err != nil {

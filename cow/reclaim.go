@@ -10,7 +10,8 @@
 //  3. folds each nameless layer between others into its older neighbour, oldest
 //     first, so that the neighbour always has an image (fold.go);
 //  4. takes out of a nameless head what older layers have as well: the newest
-//     healthy image finds it there, and so do all others;
+//     healthy image finds it there, and so do all others; and, as 3 does, what is
+//     beyond that image's end;
 //  5. waits until no reader and no writer can still be looking at what was cut
 //     off, and gives it back.
 //
@@ -75,7 +76,7 @@ func (d *Device) retire(w word) {
 func (d *Device) reshieldLocked() {
 	for n := len(d.layers) - 1; n >= 0; n-- {
 		if d.layers[n].image != nil {
-			d.shield.Store(&shield{layers: slices.Clone(d.layers[n:])})
+			d.shield.Store(&shield{slices.Clone(d.layers[n:]), d.layers[n].image.size})
 			return
 		}
 	}
@@ -263,30 +264,30 @@ func (d *Device) closeTables() error {
 }
 
 // pruneHead takes the blocks out of a nameless head that an older layer of the
-// shield has as well.
+// shield has as well, or that no older image has.
 func (d *Device) pruneHead(s *scrap) {
 	sh := d.shield.Load()
 	if sh == nil || len(sh.layers) == 1 {
 		return
 	}
 	head := sh.head().table
-	older := shield{layers: sh.layers[:len(sh.layers)-1]}
+	older := shield{sh.layers[:len(sh.layers)-1], sh.end}
 	for c := range head.from(0) {
 		d.chunkLocks.lock(c, c)
 		w := head.load(c)
-		twice := w.mask() & older.mask(c)
+		useless := w.mask() & older.mask(c)
 		switch {
-		case twice == 0:
-		case twice == w.mask():
+		case useless == 0:
+		case useless == w.mask():
 			head.store(c, 0)
 			d.cat.did("take a word from the head")
 			s.words = append(s.words, w)
 		case w == zeroWord:
 			// Always all 16 blocks; it holds no slot, so nothing is gained.
 		default:
-			head.store(c, makeWord(w.slot(), w.mask()&^twice))
+			head.store(c, makeWord(w.slot(), w.mask()&^useless))
 			d.cat.did("take blocks from a word of the head")
-			s.shrunk = append(s.shrunk, makeWord(w.slot(), twice))
+			s.shrunk = append(s.shrunk, makeWord(w.slot(), useless))
 		}
 		d.chunkLocks.unlock(c, c)
 	}

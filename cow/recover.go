@@ -12,6 +12,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"path/filepath"
 	"slices"
@@ -107,8 +108,10 @@ func (c *Catalogue) forgetAbsent() (absent []string, err error) {
 
 // recoverState finds the device's state in its directory. An error says why it
 // cannot be used, or (errBlank) that there is none.
-func (d *Device) recoverState() error {
-	frozen, err := d.recoverChanges()
+//
+// noted is the size that was noted of the origin.
+func (d *Device) recoverState(noted int64) error {
+	frozen, err := d.recoverChanges(noted)
 	if err != nil {
 		return fmt.Errorf("change map: %w", err)
 	}
@@ -118,6 +121,7 @@ func (d *Device) recoverState() error {
 	for _, f := range frozen { // of snapshots that did not come about, or went
 		f.Release()
 	}
+	d.loseCut(d.Size(), math.MaxInt64)
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.reshieldLocked()
@@ -126,7 +130,7 @@ func (d *Device) recoverState() error {
 }
 
 // recoverChanges opens the change map and returns the frozen ones by number.
-func (d *Device) recoverChanges() (map[uint64]*cbt.Frozen, error) {
+func (d *Device) recoverChanges(noted int64) (map[uint64]*cbt.Frozen, error) {
 	if _, err := os.Stat(d.path("changes")); err != nil {
 		return nil, errBlank
 	}
@@ -140,7 +144,7 @@ func (d *Device) recoverChanges() (map[uint64]*cbt.Frozen, error) {
 		return nil, errBlank
 	case err != nil:
 		return nil, err
-	case m.Size() != d.Size():
+	case m.Size() != d.Size() && noted != d.Size():
 		return nil, fmt.Errorf("it is of a device of %d bytes, this has %d", m.Size(), d.Size())
 	}
 	// Whatever comes of the rest, numbers go on, and leave one out: who asks for
@@ -148,6 +152,11 @@ func (d *Device) recoverChanges() (map[uint64]*cbt.Frozen, error) {
 	d.cfg.Number = max(d.cfg.Number, m.Number()+1)
 	if d.cfg.TrackingBlock != 0 && d.cfg.TrackingBlock != m.BlockSize() {
 		return nil, fmt.Errorf("it has tracking blocks of %d bytes, asked for are %d", m.BlockSize(), d.cfg.TrackingBlock)
+	}
+	if m.Size() != d.Size() { // resized, but for this
+		if err := m.Resize(d.Size()); err != nil {
+			return nil, err
+		}
 	}
 	if m.Lost() {
 		return nil, errors.New("there was no memory for a mark")
@@ -342,7 +351,7 @@ func (d *Device) loseFound(n int, c chunkNo, mask uint16, err error) {
 		if k < n {
 			older |= d.layers[k].table.load(c).mask()
 		}
-		if i := d.layers[k].image; i != nil && mask&^older != 0 {
+		if i := d.layers[k].image; i != nil && mask&^older&^c.beyond(i.size) != 0 {
 			d.breakImage(i, failed(err.Error()), err)
 		}
 	}

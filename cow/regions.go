@@ -277,10 +277,16 @@ func setBit(b []atomic.Uint64, i int64) {
 
 func hasBit(b []atomic.Uint64, i int64) bool { return b[i/64].Load()>>(i%64)&1 != 0 }
 
+// span is which regions [off, off+n) touches: [from, to). Beyond the end there are
+// none.
+func (r *regions) span(off, n int64) (from, to int64) {
+	return off >> regionShift, min(r.n, (off+n-1)>>regionShift+1)
+}
+
 // note says whether the regions of [off, off+n) are recorded, and counts them as
 // active. It takes no lock.
 func (r *regions) note(off, n int64) bool {
-	for i := off >> regionShift; i <= (off+n-1)>>regionShift; i++ {
+	for i, to := r.span(off, n); i < to; i++ {
 		// First active, then a look: drop does it the other way round.
 		setBit(r.active, i)
 		if !hasBit(r.recorded, i) {
@@ -300,7 +306,7 @@ func (r *regions) add(off, n int64) error {
 		b = &regionsBatch{done: make(chan struct{})}
 		r.next = b
 	}
-	for i := off >> regionShift; i <= (off+n-1)>>regionShift; i++ {
+	for i, to := r.span(off, n); i < to; i++ {
 		b.regions = append(b.regions, i)
 	}
 	r.joinMu.Unlock()

@@ -220,3 +220,25 @@ func TestNumbersAreReserved(t *testing.T) {
 		t.Errorf("a number that is reserved already was written again (%v)", err)
 	}
 }
+
+// TestRegionsEnd asks for regions beyond the end, as a write does that was let in
+// before its device became smaller.
+func TestRegionsEnd(t *testing.T) {
+	r, err := createRegions(filepath.Join(t.TempDir(), "regions"), regionsState{size: 3<<regionShift + 512})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range []int64{512, 200 << regionShift} {
+		for _, off := range []int64{3 << regionShift, 4 << regionShift, 100 << regionShift} {
+			if err := r.add(off, n); err != nil {
+				t.Fatal(err)
+			}
+			if !r.note(off, n) {
+				t.Errorf("[%d, %d) is not recorded", off, off+n)
+			}
+		}
+	}
+	if err := r.file.Close(); err != nil {
+		t.Error(err)
+	}
+}

@@ -18,13 +18,17 @@ type Run = struct {
 }
 
 // Runs yields the device's runs of data and hole from off on, without gaps, to
-// off+n, as the origin has them now.
+// off+n, as the origin has them now. EINVAL where the device is not so large.
 func (d *Device) Runs(off, n int64) iter.Seq2[Run, error] {
 	return func(yield func(Run, error) bool) {
+		if err := d.within("find holes of", off, n, syscall.EINVAL); err != nil {
+			yield(Run{}, err)
+			return
+		}
 		for end := off + n; off < end; {
-			hole, to, err := d.file.next(off, end)
+			hole, to, err := d.nextRun(off, end)
 			if err != nil {
-				yield(Run{}, d.originError("find holes of", off, err))
+				yield(Run{}, err)
 				return
 			}
 			if !yield(Run{off, to - off, hole}, nil) {
@@ -33,6 +37,18 @@ func (d *Device) Runs(off, n int64) iter.Seq2[Run, error] {
 			off = to
 		}
 	}
+}
+
+// nextRun is next of the origin's file, with the error to answer. EINVAL where the
+// device does not reach as far as end.
+func (d *Device) nextRun(off, end int64) (hole bool, to int64, err error) {
+	if hole, to, err = d.file.next(off, end); err == nil {
+		return hole, to, nil
+	}
+	if err := d.within("find holes of", off, end-off, syscall.EINVAL); err != nil {
+		return false, off, err
+	}
+	return false, off, d.originError("find holes of", off, err)
 }
 
 // Runs yields the image's runs of data and hole from off on, without gaps, to

@@ -151,7 +151,7 @@ func (d *Device) prepare(s *Snapshot, id uint64, o TakeOptions) (*prepared, erro
 	d.layers = slices.Grow(d.layers, 1)
 	d.images = slices.Grow(d.images, 1)
 	d.mu.Unlock()
-	return &prepared{d, l, &shield{layers: []*layer{l}}, i}, nil
+	return &prepared{d, l, &shield{[]*layer{l}, h.size}, i}, nil
 }
 
 // discard undoes prepare.

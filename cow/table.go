@@ -172,8 +172,12 @@ func (t *table) verify() error {
 	return walk(tableRoot, t.levels)
 }
 
-// find returns the place of c's word, nil if there is none.
+// find returns the place of c's word, nil if there is none. The layers of a device
+// that was resized end in different places.
 func (t *table) find(c chunkNo) *uint64 {
+	if c >= t.end {
+		return nil
+	}
 	at := uint32(tableRoot)
 	for l := t.levels - 1; l >= 0; l-- {
 		if at = atomic.LoadUint32(t.child(at, c, l)); at == 0 {

@@ -265,3 +265,29 @@ func TestTableGrowsUnderReaders(t *testing.T) {
 		}
 	}
 }
+
+// TestTableEnds looks for chunks beyond the table's, as images do that reach further
+// than a newer layer.
+func TestTableEnds(t *testing.T) {
+	for _, end := range []chunkNo{1, 33, 9000} {
+		tab, err := newTable(end)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := tab.reserve(0, 1); err != nil {
+			t.Fatal(err)
+		}
+		tab.store(0, zeroWord)
+		for c := end; c < 1<<24; c += c {
+			if w := tab.load(c); w != 0 {
+				t.Errorf("a table of %d chunks has %x for chunk %d", end, w, c)
+			}
+		}
+		if w := tab.load(1 << 24); w != 0 {
+			t.Errorf("a table of %d chunks has %x for chunk %d", end, w, 1<<24)
+		}
+		if err := tab.close(); err != nil {
+			t.Error(err)
+		}
+	}
+}

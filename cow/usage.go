@@ -2,7 +2,10 @@
 
 package cow
 
-import "math/bits"
+import (
+	"math/bits"
+	"slices"
+)
 
 // Holds is how many bytes of the snapstore would come back if only this image were
 // destroyed: what it finds in its own layer and no older image would need there,
@@ -74,7 +77,7 @@ func (i *Image) ownLayer() (own *layer, older *shield) {
 	for n, l := range d.layers {
 		if l == i.layer {
 			if from >= 0 {
-				older = &shield{layers: append([]*layer(nil), d.layers[from:n]...)}
+				older = &shield{slices.Clone(d.layers[from:n]), d.layers[from].image.size}
 			}
 			return l, older
 		}

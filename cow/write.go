@@ -7,8 +7,6 @@ import (
 	"fmt"
 	"syscall"
 	"time"
-
-	"blksnap/store"
 )
 
 // piece is how much of a request is preserved and applied at a time. A request
@@ -53,7 +51,7 @@ func (d *Device) TryWrite(p []byte, off int64) error {
 	}
 	defer d.writers.leave(g)
 	n := int64(len(p))
-	if !d.covered(off, n) || !d.shielded(off, n) {
+	if d.within("write", off, n, syscall.ENOSPC) != nil || !d.covered(off, n) || !d.shielded(off, n) {
 		return syscall.EAGAIN
 	}
 	d.changes.Mark(off, n)
@@ -142,6 +140,9 @@ func (d *Device) trim(off, n int64) error {
 		return err
 	}
 	defer d.writers.leave(g)
+	if err := d.within("trim", off, n, syscall.ENOSPC); err != nil {
+		return err
+	}
 	s := d.shield.Load()
 	if s == nil {
 		return d.punch(off, n)
@@ -192,7 +193,7 @@ func (s span) wholeMask(size int64) uint16 {
 // admit lets a change of [off, off+n) in: it returns inside the gate, with the
 // range marked and everything preserved that a healthy image still needs. What
 // could not be preserved has broken its images by then, so admit fails only where
-// the device is stopping.
+// the device is stopping, or does not hold the range.
 func (d *Device) admit(off, n int64) (pass, error) {
 	var full time.Time // when the snapstore was first found full
 	for {
@@ -200,14 +201,20 @@ func (d *Device) admit(off, n int64) (pass, error) {
 		if err != nil {
 			return 0, err
 		}
+		if err := d.within("write", off, n, syscall.ENOSPC); err != nil {
+			d.writers.leave(g)
+			return 0, err
+		}
 		d.changes.Mark(off, n)
 		if d.shielded(off, n) {
 			return g, nil
 		}
-		mayWait := d.cfg.StoreWait > 0 && (full.IsZero() || time.Since(full) < d.cfg.StoreWait)
+		f := loseImages
+		if d.cfg.StoreWait > 0 && (full.IsZero() || time.Since(full) < d.cfg.StoreWait) {
+			f = waitIfFull
+		}
 		freed := d.pool.Freed()
-		err = d.preserve(off, n, mayWait)
-		if !mayWait || !errors.Is(err, store.ErrFull) {
+		if d.preserve(off, n, f) == nil {
 			return g, nil
 		}
 		// Waiting inside the gate would hold up every snapshot.
