@@ -13,13 +13,21 @@ const (
 	// an extended data chunk, 40 bytes.
 	headroom = 64
 
+	// apartSize is from how many bytes on data is written apart from its header:
+	// then it is worth more that the data lies at the start of a page, where
+	// it is, in the socket and in the client's memory. The headroom is a page.
+	apartSize = 64 << 10
+
+	pageSize = 4096 // where Go's large allocations begin, too
+
 	minClass = 12 // 4 KiB
 	maxClass = 25 // 32 MiB, maxPayload
 )
 
 // buffer holds the payload of a request and then the reply to it.
 type buffer struct {
-	mem     []byte // headroom bytes, then the data
+	mem     []byte // head bytes, then the data
+	head    int64
 	account *account
 	size    int64 // bytes charged to account
 
@@ -45,14 +53,27 @@ func newBuffer(a *account, n int64) *buffer {
 	class, size := sizeClass(n)
 	b, _ := bufferPools[class].Get().(*buffer)
 	if b == nil {
-		b = &buffer{mem: make([]byte, headroom+size), size: size}
+		head := int64(headroom)
+		if size >= apartSize {
+			head = pageSize
+		}
+		b = &buffer{mem: make([]byte, head+size), head: head, size: size}
 	}
 	b.account = a
 	return b
 }
 
 // data is the room for n bytes of data.
-func (b *buffer) data(n int64) []byte { return b.mem[headroom : headroom+n] }
+func (b *buffer) data(n int64) []byte { return b.mem[b.head : b.head+n] }
+
+// addData makes mem[head:end] something to be sent; the data in it begins at at.
+func (b *buffer) addData(head, at, end int64) {
+	if end-at < apartSize {
+		b.parts = append(b.parts, b.mem[head:end])
+		return
+	}
+	b.parts = append(b.parts, b.mem[head:at], b.mem[at:end])
+}
 
 // free gives the buffer back; it must not be used any more.
 func (b *buffer) free() {

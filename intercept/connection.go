@@ -9,6 +9,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"slices"
 	"sync"
 	"time"
 )
@@ -23,6 +24,10 @@ type connection struct {
 	client string
 	export string
 	lease  *lease
+
+	// dropped are the exports that Disconnect was called for since this
+	// connection, in its handshake, began to open one. Protected by server.mu.
+	dropped []string
 }
 
 // start serves conn on a goroutine of its own, or closes it if there are too
@@ -59,7 +64,7 @@ func (c *connection) serve(mustTLS bool) {
 	defer cancel()
 	deadline, _ := ctx.Deadline()
 	c.conn.SetDeadline(deadline)
-	h := &handshake{server: s, conn: c.conn, out: bufio.NewWriter(c.conn), client: c.client, mustTLS: mustTLS}
+	h := &handshake{server: s, conn: c.conn, out: bufio.NewWriter(c.conn), client: c.client, connection: c, mustTLS: mustTLS}
 	if err := h.run(ctx); err != nil {
 		level := slog.LevelInfo
 		if errors.Is(err, errAborted) || errors.Is(err, io.EOF) {
@@ -108,22 +113,23 @@ func (c *connection) transmit(h *handshake) {
 }
 
 // register makes the connection known as a client of the export that h chose.
-// It returns false if Disconnect was called since before that was opened: it
-// may be the one that was to have no client.
+// It returns false if Disconnect was called for that since before it was opened.
 func (c *connection) register(h *handshake, l *lease) bool {
 	s := c.server
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.epoch != h.epoch {
+	if slices.Contains(c.dropped, h.export.Name) {
 		return false
 	}
+	c.dropped = nil
 	c.client, c.export, c.lease = h.client, h.export.Name, l
 	return true
 }
 
-// currentEpoch is what register wants to know of the time before Open.
-func (s *Server) currentEpoch() uint64 {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.epoch
+// opening says that the connection, in its handshake, will open an export: who
+// was to lose his clients before does not matter.
+func (c *connection) opening() {
+	c.server.mu.Lock()
+	defer c.server.mu.Unlock()
+	c.dropped = nil
 }

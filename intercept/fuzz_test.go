@@ -106,7 +106,8 @@ func FuzzHandshake(f *testing.F) {
 		data = mendOptions(data)
 		exports := newShelf(map[string]Device{"disk": newStrict(t), "other": newMemory(5000)})
 		conn := &tape{in: bytes.NewReader(data)}
-		h := &handshake{server: NewServer(Options{Exports: exports}), conn: conn, out: bufio.NewWriter(conn)}
+		s := NewServer(Options{Exports: exports})
+		h := &handshake{server: s, connection: &connection{server: s}, conn: conn, out: bufio.NewWriter(conn)}
 		err := h.run(context.Background())
 		if err == nil {
 			h.export.Release()
@@ -148,7 +149,7 @@ func FuzzTransmission(f *testing.F) {
 		export := &Export{ExportInfo{"disk", ""}, dev, func() { released++ }, nil}
 		conn := &tape{in: bytes.NewReader(data)}
 		s := NewServer(Options{Exports: newShelf(nil), MemoryBudget: 64 << 20})
-		h := &handshake{server: s, conn: conn, style: st, export: export, metaFor: "disk"}
+		h := &handshake{server: s, connection: &connection{server: s}, conn: conn, style: st, export: export, metaFor: "disk"}
 		if st != simple {
 			h.contexts = []metaContext{"base:allocation", dirtyBitmap}
 		}

@@ -28,10 +28,11 @@ const (
 
 // handshake is a connection in its first phase. It belongs to one goroutine.
 type handshake struct {
-	server *Server
-	conn   net.Conn      // a *tls.Conn once TLS has begun
-	out    *bufio.Writer // to conn, flushed after each option's replies
-	client string        // for people: who it is
+	server     *Server
+	connection *connection
+	conn       net.Conn      // a *tls.Conn once TLS has begun
+	out        *bufio.Writer // to conn, flushed after each option's replies
+	client     string        // for people: who it is
 
 	mustTLS  bool // no option but STARTTLS and ABORT before TLS
 	tls      bool // TLS has begun
@@ -43,10 +44,7 @@ type handshake struct {
 	metaFor  string // the export that contexts are of, its canonical name
 	contexts []metaContext
 
-	// export is what the session will use, once it is chosen; epoch is that of
-	// the server before it was opened.
-	export *Export
-	epoch  uint64
+	export *Export // what the session will use, once it is chosen
 }
 
 // errAborted ends a connection whose client has had enough.
@@ -204,10 +202,10 @@ func (h *handshake) open(ctx context.Context, id uint32, name string) (e Export,
 	return e, false
 }
 
-// choose makes e, opened in epoch, the export of the session, and drops the
-// metadata contexts that were selected for another one.
-func (h *handshake) choose(e Export, epoch uint64) {
-	h.export, h.epoch = &e, epoch
+// choose makes e the export of the session, and drops the metadata contexts that
+// were selected for another one.
+func (h *handshake) choose(e Export) {
+	h.export = &e
 	if h.metaFor != e.Name {
 		h.contexts = nil
 	}

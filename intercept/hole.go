@@ -26,13 +26,13 @@ func (j *job) fillData(done uint16) {
 		if end == j.n {
 			flags = done
 		}
-		at := headroom + i
+		at := b.head + i
 		if zero {
 			p := appendHole(b.mem[at:at], st, &j.q, flags, j.off+i, end-i)
 			b.parts = append(b.parts, p)
 		} else {
 			appendDataHead(b.mem[at-head:at-head], st, &j.q, flags, j.off+i, end-i)
-			b.parts = append(b.parts, b.mem[at-head:headroom+end])
+			b.addData(at-head, at, b.head+end)
 		}
 		i = end
 	}

@@ -34,7 +34,7 @@ func (s *session) fill(n int) error {
 	s.w = copy(s.input, s.input[s.r:s.w])
 	s.r = 0
 	for s.w-s.r < n {
-		m, err := s.receive(s.input[s.w:])
+		m, err := s.receive(s.receiver, s.input[s.w:])
 		s.w += m
 		if err != nil {
 			if err == io.EOF && s.w > s.r {
@@ -51,7 +51,7 @@ func (s *session) readFull(p []byte) error {
 	n := copy(p, s.input[s.r:s.w])
 	s.r += n
 	for n < len(p) {
-		m, err := s.receive(p[n:])
+		m, err := s.receive(s.conn, p[n:]) // more of it may come for long
 		n += m
 		if err == io.EOF {
 			return io.ErrUnexpectedEOF
@@ -81,8 +81,9 @@ func (s *session) discard(n uint64) error {
 	return nil
 }
 
-// receive reads some bytes from the socket, at least one if it returns nil.
-func (s *session) receive(p []byte) (int, error) {
+// receive reads some bytes from the socket, through from, at least one if it
+// returns nil.
+func (s *session) receive(from io.Reader, p []byte) (int, error) {
 	s.flush()
 	for {
 		if idle := s.server.opts.IdleTimeout; idle > 0 {
@@ -94,7 +95,7 @@ func (s *session) receive(p []byte) (int, error) {
 		if stopping {
 			s.conn.SetReadDeadline(time.Now().Add(lastLook))
 		}
-		n, err := s.conn.Read(p)
+		n, err := from.Read(p)
 		switch {
 		case n > 0:
 			return n, nil

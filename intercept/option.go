@@ -34,12 +34,12 @@ func (h *handshake) exportName(ctx context.Context, data []byte) error {
 	case h.server.stopping.Load():
 		return errStopped
 	}
-	epoch := h.server.currentEpoch()
+	h.connection.opening()
 	e, err := h.server.opts.Exports.Open(ctx, name, h.client)
 	if err != nil {
 		return fmt.Errorf("open export %q: %w", name, err)
 	}
-	h.choose(e, epoch)
+	h.choose(e)
 	h.write(uint64(e.Device.Size()))
 	h.write(h.flags(e))
 	if !h.noZeroes {
@@ -70,13 +70,13 @@ func (h *handshake) infoOrGo(ctx context.Context, id uint32, data []byte) {
 		h.fail(id, NBD_REP_ERR_INVALID, "malformed request")
 		return
 	}
-	epoch := h.server.currentEpoch()
+	h.connection.opening()
 	e, ok := h.open(ctx, id, name)
 	if !ok {
 		return
 	}
 	if id == NBD_OPT_GO {
-		h.choose(e, epoch)
+		h.choose(e)
 	} else {
 		defer e.Release()
 	}

@@ -87,7 +87,7 @@ func (j *job) stream() {
 		return
 	}
 	s.sender.exclusive()
-	head := headroom - s.style.headSize()
+	head := j.buf.head - s.style.headSize()
 	appendDataHead(j.buf.mem[head:head], s.style, &j.q, 0, j.off, j.n)
 	ok := s.sender.writeNow(j.buf.mem[head:])
 	for done := size; done < j.n && ok; done += size {

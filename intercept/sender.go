@@ -18,6 +18,7 @@ import (
 // any goroutine.
 type sender struct {
 	conn    net.Conn
+	apart   bool          // large data is written alone
 	timeout time.Duration // for one write; 0: none
 	dead    atomic.Bool   // a write has failed: nobody gets replies any more
 
@@ -37,6 +38,7 @@ type sender struct {
 
 func newSender(conn net.Conn, timeout time.Duration) *sender {
 	w := &sender{conn: conn, timeout: timeout}
+	_, w.apart = conn.(*net.UnixConn)
 	w.idle.L = &w.mu
 	return w
 }
@@ -104,14 +106,34 @@ func (w *sender) write(queue []*buffer, small []byte) {
 	w.limit()
 
 	var err error
-	if len(parts) == 1 {
-		_, err = w.conn.Write(parts[0])
-	} else {
-		w.vec = parts // WriteTo moves the slice that it is given
-		_, err = w.vec.WriteTo(w.conn)
+	for rest := parts; len(rest) > 0 && err == nil; {
+		n := w.together(rest)
+		if n == 1 {
+			_, err = w.conn.Write(rest[0])
+		} else {
+			w.vec = rest[:n] // WriteTo moves the slice that it is given
+			_, err = w.vec.WriteTo(w.conn)
+		}
+		rest = rest[n:]
 	}
 	clear(parts)
 	w.check(err)
+}
+
+// together is how many of the parts are written by one system call. On a unix
+// socket large data is written alone: the kernel copies a call's bytes to one
+// stream of pages, so after a header no byte of the data would keep its place in
+// the page, and both copies, in and out, would be slower.
+func (w *sender) together(parts [][]byte) int {
+	if !w.apart {
+		return len(parts)
+	}
+	for n, p := range parts {
+		if len(p) >= apartSize {
+			return max(n, 1)
+		}
+	}
+	return len(parts)
 }
 
 // check closes the connection if a write has failed, so that the reader

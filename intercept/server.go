@@ -45,6 +45,7 @@ type Server struct {
 	opts     Options
 	budget   *budget
 	stopping atomic.Bool // Shutdown was called
+	looking  atomic.Bool // a connection's receiver looks for its next request
 
 	// ctx ends when connections are cut off.
 	ctx    context.Context
@@ -54,8 +55,7 @@ type Server struct {
 	mu        sync.Mutex
 	listeners map[net.Listener]struct{}
 	conns     map[*connection]struct{}
-	epoch     uint64 // counts Disconnects
-	full      bool   // the last connection was refused
+	full      bool // the last connection was refused
 }
 
 // NewServer returns a server that serves nobody until Serve is called.

@@ -232,22 +232,34 @@ func TestDisconnect(t *testing.T) {
 }
 
 // TestDisconnectWhileOpening calls Disconnect after a client's Open and before
-// its session: the client must not slip through.
+// its session: the client must not slip through, nor one of another export suffer.
 func TestDisconnectWhileOpening(t *testing.T) {
-	exports := newShelf(map[string]Device{"disk": newMemory(4096)})
-	opening, proceed := make(chan struct{}), make(chan struct{})
-	exports.opening = func(string) error { close(opening); <-proceed; return nil }
-	s, addr := startServer(t, Options{Exports: exports})
-	c := dial(t, addr)
-	data := infoData("disk")
-	c.sendOption(NBD_OPT_GO, len(data), data)
-	<-opening
-	if err := s.Disconnect(soon(t), "disk"); err != nil {
-		t.Errorf("Disconnect: %v", err)
+	for _, tc := range []struct {
+		dropped string
+		want    bool // the client is served
+	}{{"disk", false}, {"other", true}} {
+		t.Run(tc.dropped, func(t *testing.T) {
+			exports := newShelf(map[string]Device{"disk": newMemory(4096), "other": newMemory(4096)})
+			opening, proceed := make(chan struct{}), make(chan struct{})
+			exports.opening = func(string) error { close(opening); <-proceed; return nil }
+			s, addr := startServer(t, Options{Exports: exports})
+			c := dial(t, addr)
+			data := infoData("disk")
+			c.sendOption(NBD_OPT_GO, len(data), data)
+			<-opening
+			if err := s.Disconnect(soon(t), tc.dropped); err != nil {
+				t.Errorf("Disconnect: %v", err)
+			}
+			close(proceed)
+			c.optionReplies(NBD_OPT_GO)
+			if !tc.want {
+				c.wantEnd()
+				return
+			}
+			go c.receive()
+			c.want(request{typ: NBD_CMD_READ, n: 4096}, nil, 0)
+		})
 	}
-	close(proceed)
-	c.optionReplies(NBD_OPT_GO)
-	c.wantEnd()
 }
 
 // TestHungDevice hangs one export with as many requests as it takes; other

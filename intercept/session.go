@@ -29,10 +29,11 @@ type session struct {
 	flags    uint16 // command flags that were negotiated
 	contexts []metaContext
 
-	lease   *lease
-	account *account
-	pool    *pool
-	sender  *sender
+	lease    *lease
+	account  *account
+	pool     *pool
+	sender   *sender
+	receiver *receiver
 
 	// input is what the socket gave: input[r:w] was not looked at yet.
 	input []byte
@@ -54,7 +55,7 @@ func newSession(s *Server, h *handshake, l *lease, log *slog.Logger) *session {
 		server: s, conn: h.conn, log: log, lease: l,
 		dev: dev, size: uint64(dev.Size()), readOnly: dev.ReadOnly(),
 		style: h.style, flags: h.commandFlags(), contexts: h.contexts,
-		pool: newPool(), sender: newSender(h.conn, s.opts.IdleTimeout),
+		pool: newPool(), sender: newSender(h.conn, s.opts.IdleTimeout), receiver: newReceiver(h.conn, &s.looking),
 		trace:   log.Enabled(s.ctx, slog.LevelDebug),
 		input:   make([]byte, inputSize),
 		batches: make(chan *buffer, 2),
@@ -89,7 +90,10 @@ func (s *session) loop() error {
 		}
 		size := s.style.requestSize()
 		if s.w-s.r < size {
-			if err := s.fill(size); err != nil {
+			s.receiver.next = true
+			err := s.fill(size)
+			s.receiver.next = false
+			if err != nil {
 				return err
 			}
 		}

@@ -35,9 +35,10 @@ func (s *Server) Clients() []Client {
 func (s *Server) Disconnect(ctx context.Context, export string) error {
 	var cut []*connection
 	s.mu.Lock()
-	s.epoch++
 	for c := range s.conns {
-		if c.lease != nil && c.export == export {
+		if c.lease == nil {
+			c.dropped = append(c.dropped, export)
+		} else if c.export == export {
 			c.lease.close()
 			c.conn.Close()
 			cut = append(cut, c)
