@@ -24,31 +24,46 @@ var (
 	errStuck = errors.New("snapstore does not answer")
 )
 
+// The watchdog looks at the clock every watchInterval: no request is given up before
+// its deadline, and none much later. After watchPatience looks it ends, as soon as
+// nobody waits. A timer for each request would cost as much as the copy of a block.
+const (
+	watchInterval = 5 * time.Millisecond
+	watchPatience = 200 // looks
+)
+
 // copier reads and writes slots for those who wait until a deadline.
 type copier struct {
 	pool *store.Pool
 	jobs chan *slotIO // unbuffered: a send succeeds if a worker is free
 	quit chan struct{}
 	free sync.Pool // of *slotIO
+
+	// mu protects the fields below. Never held across I/O.
+	mu       sync.Mutex
+	waiting  slotIO // the head of a ring of those whose deadline may pass
+	watching bool   // the watchdog runs
 }
 
 // slotIO is one request and who waits for it.
 type slotIO struct {
-	write bool
-	slot  store.Slot
-	p     []byte
-	off   int64
-	done  chan error // buffered
-	timer *time.Timer
+	write    bool
+	slot     store.Slot
+	p        []byte
+	off      int64
+	deadline time.Time
+
+	// done has room for both, the result and errStuck, which is sent at most once
+	// and only while the request is in the ring.
+	done chan error
+
+	next, prev *slotIO // in copier.waiting; nil: not there
 }
 
 func newCopier(pool *store.Pool) *copier {
 	c := &copier{pool: pool, jobs: make(chan *slotIO), quit: make(chan struct{})}
-	c.free.New = func() any {
-		t := time.NewTimer(time.Hour)
-		t.Stop()
-		return &slotIO{done: make(chan error, 1), timer: t}
-	}
+	c.waiting.next, c.waiting.prev = &c.waiting, &c.waiting
+	c.free.New = func() any { return &slotIO{done: make(chan error, 2)} }
 	return c
 }
 
@@ -71,22 +86,86 @@ func (c *copier) do(write bool, s store.Slot, p []byte, off int64, deadline time
 		return c.told(s, c.call(write, s, p, off))
 	}
 	io := c.free.Get().(*slotIO)
-	io.write, io.slot, io.p, io.off = write, s, p, off
+	io.write, io.slot, io.p, io.off, io.deadline = write, s, p, off, deadline
+	c.watch(io)
 	select {
 	case c.jobs <- io:
 	default:
 		go c.work(io)
 	}
-	io.timer.Reset(time.Until(deadline))
-	select {
-	case err := <-io.done:
-		io.timer.Stop()
-		io.p = nil
-		c.free.Put(io)
+	err := <-io.done
+	if err == errStuck {
 		return c.told(s, err)
-	case <-io.timer.C:
-		return fmt.Errorf("%w: slot %v: %w", errSlotIO, s, errStuck)
 	}
+	c.unwatch(io)
+	io.p = nil
+	c.free.Put(io)
+	return c.told(s, err)
+}
+
+// watch puts io into the ring.
+func (c *copier) watch(io *slotIO) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	last := c.waiting.prev
+	io.prev, io.next = last, &c.waiting
+	last.next, c.waiting.prev = io, io
+	if !c.watching {
+		c.watching = true
+		go c.watchdog()
+	}
+}
+
+// unwatch takes io, which has its result, out of the ring, or else what the
+// watchdog has told it at the same time.
+func (c *copier) unwatch(io *slotIO) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if io.next != nil {
+		io.unlink()
+	} else {
+		<-io.done
+	}
+}
+
+func (io *slotIO) unlink() {
+	io.prev.next, io.next.prev = io.next, io.prev
+	io.next, io.prev = nil, nil
+}
+
+// watchdog tells those whose deadline has passed, until nobody has waited for a
+// while.
+func (c *copier) watchdog() {
+	tick := time.NewTicker(watchInterval)
+	defer tick.Stop()
+	quit, patience := c.quit, watchPatience
+	for idle := 0; !c.tellLate(idle >= patience); idle++ {
+		select {
+		case <-tick.C:
+		case <-quit:
+			quit, patience = nil, 0
+		}
+	}
+}
+
+// tellLate tells those whose deadline has passed. It returns true, and the watchdog
+// must end, if nobody waits and end is set.
+func (c *copier) tellLate(end bool) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	now := time.Now()
+	for io := c.waiting.next; io != &c.waiting; {
+		next := io.next
+		if !now.Before(io.deadline) {
+			io.unlink()
+			io.done <- errStuck
+		}
+		io = next
+	}
+	if end && c.waiting.next == &c.waiting {
+		c.watching = false
+	}
+	return !c.watching
 }
 
 func (c *copier) told(s store.Slot, err error) error {
