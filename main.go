@@ -124,6 +124,8 @@ type snapshotCreateCmd struct {
 	Named  *string  `name:"name" placeholder:"NAME" help:"The same as the argument."`
 	Device []string `placeholder:"DEVICE" sep:"none" help:"Of this device alone; repeatable (default: of all of them, at one instant)."`
 
+	Writable bool `help:"Make images that can be written to; what is written belongs to the image alone."`
+
 	Freeze []string      `placeholder:"MOUNTPOINT" sep:"none" help:"Freeze this file system around the instant; repeatable."`
 	Before string        `placeholder:"CMD" help:"Run CMD with sh before; if it fails no snapshot is taken."`
 	After  string        `placeholder:"CMD" help:"Run CMD with sh after, whatever happened."`
@@ -150,7 +152,8 @@ func (c *snapshotCreateCmd) Run(ctx context.Context, w io.Writer) error {
 		name = *c.Name
 	}
 	v, err := c.client().Take(ctx, control.Taking{
-		Name: name, Devices: c.Device, TTL: c.TTL, Freeze: c.Freeze, Before: c.Before, After: c.After,
+		SnapshotRequest: control.SnapshotRequest{Name: name, Devices: c.Device, TTL: c.TTL, Writable: c.Writable},
+		Freeze:          c.Freeze, Before: c.Before, After: c.After,
 	})
 	return show(v, err, control.Output{Writer: w}.Taken)
 }

@@ -92,7 +92,6 @@ func TestManualRenders(t *testing.T) {
 // silence today.
 func TestNotYet(t *testing.T) {
 	for _, args := range [][]string{
-		{"snapshot", "create", "--writable"},
 		{"snapshot", "rollback", "x"},
 		{"device", "resize", "x"},
 		{"state", "check"},

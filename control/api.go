@@ -56,12 +56,13 @@ type ChangesInfo struct {
 
 // SnapshotInfo describes a snapshot as it is now.
 type SnapshotInfo struct {
-	Name    string        `json:"name"`
-	Created time.Time     `json:"created"`
-	State   string        `json:"state"`
-	HeldUp  time.Duration `json:"held_up_ns"` // how long writes waited while it was taken
-	Expires *time.Time    `json:"expires,omitempty"`
-	Images  []ImageInfo   `json:"images"` // by device
+	Name     string        `json:"name"`
+	Created  time.Time     `json:"created"`
+	State    string        `json:"state"`
+	Writable bool          `json:"writable"`   // its images can be written to
+	HeldUp   time.Duration `json:"held_up_ns"` // how long writes waited while it was taken
+	Expires  *time.Time    `json:"expires,omitempty"`
+	Images   []ImageInfo   `json:"images"` // by device
 }
 
 // ImageInfo describes one device's content in a snapshot.
@@ -113,6 +114,9 @@ type SnapshotRequest struct {
 	Name    string        `json:"name,omitempty"`
 	Devices []string      `json:"devices,omitempty"`
 	TTL     time.Duration `json:"ttl_ns,omitempty"` // it is destroyed after that
+
+	// Writable makes images that can be written to.
+	Writable bool `json:"writable,omitempty"`
 }
 
 // FreezeRequest asks whether the file systems that are mounted at these absolute

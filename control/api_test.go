@@ -47,6 +47,10 @@ func TestAPI(t *testing.T) {
 	if _, err := c.TakeSnapshot(ctx, SnapshotRequest{Name: "second", Devices: []string{"vdb"}}); err != nil {
 		t.Fatal(err)
 	}
+	writable, err := c.TakeSnapshot(ctx, SnapshotRequest{Name: "third", Devices: []string{"vda"}, Writable: true})
+	if err != nil || !writable.Writable || first.Writable {
+		t.Errorf("writable snapshots: %v\n got first: %v, third: %v\nwant the third alone", err, first.Writable, writable.Writable)
+	}
 	since := Since(fmt.Sprint(first.Images[1].CBT.Number))
 	extents, err := collect(c.Extents(ctx, "vdb", ExtentsQuery{Since: since, At: "second"}))
 	if diff := cmp.Diff([]Extent{{4096, 8192, "data"}}, extents); diff != "" || err != nil {
@@ -91,7 +95,7 @@ func TestAPI(t *testing.T) {
 		t.Errorf("extents since a number of the generation before\n got %v\nwant %v", err, ErrFullRead)
 	}
 
-	if err := c.DestroySnapshots(ctx, []string{"first", "second"}, false); err != nil {
+	if err := c.DestroySnapshots(ctx, []string{"first", "second", "third"}, false); err != nil {
 		t.Fatal(err)
 	}
 	if err := c.RemoveDevice(ctx, "vdb"); err != nil {

@@ -40,9 +40,13 @@ func deviceExport(dev *device) intercept.ExportInfo {
 }
 
 func imageExport(s *cow.Snapshot, i *cow.Image) intercept.ExportInfo {
+	what := "image"
+	if i.Writable() {
+		what = "writable image"
+	}
 	return intercept.ExportInfo{
 		Name:        i.Device().Name() + "@" + s.Name(),
-		Description: fmt.Sprintf("image of %s, taken %s", i.Device().Name(), s.Created().UTC().Format("2006-01-02 15:04:05 UTC")),
+		Description: fmt.Sprintf("%s of %s, taken %s", what, i.Device().Name(), s.Created().UTC().Format("2006-01-02 15:04:05 UTC")),
 	}
 }
 

@@ -28,7 +28,10 @@ func open(t *testing.T, d *Daemon, name string) intercept.Export {
 func TestOpenExport(t *testing.T) {
 	d := newTestDaemon(t, "vda", "vdb")
 	take(t, d, "s")
-	if _, err := d.take("only-b", []string{"vdb"}, note{}); err != nil {
+	if _, err := d.take(SnapshotRequest{Name: "only-b", Devices: []string{"vdb"}}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := d.take(SnapshotRequest{Name: "w", Devices: []string{"vda"}, Writable: true}); err != nil {
 		t.Fatal(err)
 	}
 	for _, tc := range []struct {
@@ -38,6 +41,7 @@ func TestOpenExport(t *testing.T) {
 	}{
 		{"live", "vda", false, nil},
 		{"image", "vdb@s", true, nil},
+		{"writable image", "vda@w", false, nil},
 		{"no name where there are two", "", false, syscall.ENOENT},
 		{"unknown device", "vdc", false, syscall.ENOENT},
 		{"unknown snapshot", "vda@x", false, syscall.ENOENT},
@@ -61,7 +65,7 @@ func TestOpenExport(t *testing.T) {
 			}
 		})
 	}
-	want := []string{"vda", "vda@s", "vdb", "vdb@only-b", "vdb@s"}
+	want := []string{"vda", "vda@s", "vda@w", "vdb", "vdb@only-b", "vdb@s"}
 	if diff := cmp.Diff(want, names(exports{d}.List(), func(e intercept.ExportInfo) string { return e.Name })); diff != "" {
 		t.Errorf("list, -want +got:\n%s", diff)
 	}

@@ -103,7 +103,7 @@ func write(t *testing.T, d *Daemon, device, text string, off int64) {
 // take takes a snapshot of all devices.
 func take(t *testing.T, d *Daemon, name string) {
 	t.Helper()
-	if _, err := d.take(name, nil, note{}); err != nil {
+	if _, err := d.take(SnapshotRequest{Name: name}); err != nil {
 		t.Fatal(err)
 	}
 }

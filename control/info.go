@@ -64,6 +64,7 @@ func (d *Daemon) describe(s *cow.Snapshot) SnapshotInfo {
 		info.Expires = &end
 	}
 	for _, i := range s.Images() {
+		info.Writable = info.Writable || i.Writable() // one that was lost before a restart is not
 		info.Images = append(info.Images, ImageInfo{
 			Device: i.Device().Name(),
 			Size:   i.Size(),

@@ -109,13 +109,21 @@ func changesPairs(prefix string, v ChangesInfo) []string {
 
 // Snapshots prints a line for each snapshot.
 func (o Output) Snapshots(l []SnapshotInfo) error {
-	return printAll(o, "NAME CREATED STATE HOLDS DEVICES", l, func(v SnapshotInfo) []string {
+	return printAll(o, "NAME CREATED STATE ACCESS HOLDS DEVICES", l, func(v SnapshotInfo) []string {
 		var devices []string
 		for _, i := range v.Images {
 			devices = append(devices, i.Device)
 		}
-		return []string{v.Name, clock(v.Created), v.State, people(v.holds()), strings.Join(devices, ",")}
+		return []string{v.Name, clock(v.Created), v.State, v.access(), people(v.holds()), strings.Join(devices, ",")}
 	})
+}
+
+// access is what may be done to v's images.
+func (v SnapshotInfo) access() string {
+	if v.Writable {
+		return "rw"
+	}
+	return "ro"
 }
 
 // holds is how many bytes of the snapstore would be free without v, at least.
@@ -132,6 +140,7 @@ func (o Output) Snapshot(v SnapshotInfo) error {
 		"name", v.Name,
 		"created", v.Created.Format(time.RFC3339Nano),
 		"state", v.State,
+		"access", v.access(),
 		"held_up", v.HeldUp.String(),
 		"holds", sizeLine(v.holds()),
 		"expires", v.expires(),

@@ -37,7 +37,7 @@ func TestPeople(t *testing.T) {
 var (
 	goldenChanges = ChangesInfo{65536, "449b2d0a-4d78-44d8-ab22-55a28bb7e11d", 12, 10}
 	goldenDevice  = DeviceInfo{"vda", "/srv/vda.img", 10 << 30, "nbd+unix:///vda?socket=/s", "ok", 1, []string{"a", "b"}, goldenChanges}
-	goldenTaken   = SnapshotInfo{"nightly", time.Date(2026, 3, 4, 5, 6, 7, 89, time.UTC), "ok", 6 * time.Microsecond, nil, []ImageInfo{
+	goldenTaken   = SnapshotInfo{"nightly", time.Date(2026, 3, 4, 5, 6, 7, 89, time.UTC), "ok", true, 6 * time.Microsecond, nil, []ImageInfo{
 		{"vda", 10 << 30, "nbd+unix:///vda@nightly?socket=/s", "ok", 4096, goldenChanges},
 		{"long-name", 512, "nbd+unix:///long-name@nightly?socket=/s", "overflowed", 0, goldenChanges},
 	}}
@@ -87,17 +87,18 @@ cbt/base        10
 {"name":"vda","origin":"/srv/vda.img","size":10737418240,"uri":"nbd+unix:///vda?socket=/s","state":"ok","clients":1,"snapshots":["a","b"],"cbt":` + changesJSON + `}
 `},
 		{"snapshots", func(o Output) error { return o.Snapshots([]SnapshotInfo{goldenTaken}) }, `
-NAME     CREATED              STATE  HOLDS  DEVICES
-nightly  2026-03-04 05:06:07  ok     4KiB   vda,long-name
+NAME     CREATED              STATE  ACCESS  HOLDS  DEVICES
+nightly  2026-03-04 05:06:07  ok     rw      4KiB   vda,long-name
 `, `
-{"name":"nightly","created":"2026-03-04T05:06:07.000000089Z","state":"ok","held_up_ns":6000,"images":[{"device":"vda","size":10737418240,"uri":"nbd+unix:///vda@nightly?socket=/s","state":"ok","holds":4096,"cbt":` + changesJSON + `},{"device":"long-name","size":512,"uri":"nbd+unix:///long-name@nightly?socket=/s","state":"overflowed","holds":0,"cbt":` + changesJSON + `}]}
+{"name":"nightly","created":"2026-03-04T05:06:07.000000089Z","state":"ok","writable":true,"held_up_ns":6000,"images":[{"device":"vda","size":10737418240,"uri":"nbd+unix:///vda@nightly?socket=/s","state":"ok","holds":4096,"cbt":` + changesJSON + `},{"device":"long-name","size":512,"uri":"nbd+unix:///long-name@nightly?socket=/s","state":"overflowed","holds":0,"cbt":` + changesJSON + `}]}
 `},
 		{"snapshot", func(o Output) error {
-			return o.Snapshot(SnapshotInfo{"s", goldenTaken.Created, "ok", 0, nil, goldenTaken.Images[1:]})
+			return o.Snapshot(SnapshotInfo{"s", goldenTaken.Created, "ok", false, 0, nil, goldenTaken.Images[1:]})
 		}, `
 name     s
 created  2026-03-04T05:06:07.000000089Z
 state    ok
+access   ro
 held_up  0s
 holds    0
 expires  never
@@ -105,7 +106,7 @@ expires  never
 DEVICE     SIZE  STATE       HOLDS  NUMBER  URI
 long-name  512   overflowed  0      12      nbd+unix:///long-name@nightly?socket=/s
 `, `
-{"name":"s","created":"2026-03-04T05:06:07.000000089Z","state":"ok","held_up_ns":0,"images":[{"device":"long-name","size":512,"uri":"nbd+unix:///long-name@nightly?socket=/s","state":"overflowed","holds":0,"cbt":` + changesJSON + `}]}
+{"name":"s","created":"2026-03-04T05:06:07.000000089Z","state":"ok","writable":false,"held_up_ns":0,"images":[{"device":"long-name","size":512,"uri":"nbd+unix:///long-name@nightly?socket=/s","state":"overflowed","holds":0,"cbt":` + changesJSON + `}]}
 `},
 		{"changes", func(o Output) error { return o.Changes(goldenChanges) }, `
 block_size  65536

@@ -15,26 +15,20 @@ import (
 
 // takeSnapshot takes a snapshot at a client's request.
 func (d *Daemon) takeSnapshot(q SnapshotRequest) (SnapshotInfo, error) {
-	if q.TTL < 0 {
-		return SnapshotInfo{}, refuse(syscall.EINVAL, "time to live of %s is less than nothing", q.TTL)
-	}
-	s, err := d.take(q.Name, q.Devices, note{TTL: q.TTL})
+	s, err := d.take(q)
 	if err != nil {
 		return SnapshotInfo{}, err
 	}
 	return d.describe(s), nil
 }
 
-// take takes a snapshot of the named devices, of all of them if none is named.
-// An empty name means that it is called by its time. Errors match EINVAL,
-// EEXIST, ENOENT, ENOSPC, ETIMEDOUT and ESHUTDOWN.
-func (d *Daemon) take(name string, devices []string, n note) (*cow.Snapshot, error) {
-	if name != "" {
-		if err := checkName("snapshot", name); err != nil {
-			return nil, err
-		}
+// take takes a snapshot. Errors match EINVAL, EEXIST, ENOENT, ENOSPC, ETIMEDOUT
+// and ESHUTDOWN.
+func (d *Daemon) take(q SnapshotRequest) (*cow.Snapshot, error) {
+	if err := q.check(); err != nil {
+		return nil, err
 	}
-	s, err := d.takeChanging(name, devices, n)
+	s, err := d.takeChanging(q)
 	if err != nil {
 		return nil, err
 	}
@@ -43,14 +37,25 @@ func (d *Daemon) take(name string, devices []string, n note) (*cow.Snapshot, err
 	return s, nil
 }
 
-func (d *Daemon) takeChanging(name string, devices []string, n note) (*cow.Snapshot, error) {
+// check refuses what no snapshot can be (EINVAL).
+func (q *SnapshotRequest) check() error {
+	if q.TTL < 0 {
+		return refuse(syscall.EINVAL, "time to live of %s is less than nothing", q.TTL)
+	}
+	if q.Name == "" {
+		return nil
+	}
+	return checkName("snapshot", q.Name)
+}
+
+func (d *Daemon) takeChanging(q SnapshotRequest) (*cow.Snapshot, error) {
 	d.changing.Lock()
 	defer d.changing.Unlock()
-	name, chosen, err := d.choose(name, devices)
+	name, chosen, err := d.choose(q.Name, q.Devices)
 	if err != nil {
 		return nil, err
 	}
-	s, err := d.cat.Take(name, chosen, cow.TakeOptions{Note: n.encode()})
+	s, err := d.cat.Take(name, chosen, cow.TakeOptions{Note: note{TTL: q.TTL}.encode(), Writable: q.Writable})
 	if err != nil {
 		return nil, err
 	}

@@ -10,17 +10,14 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"time"
 )
 
 // Taking says how a snapshot is to be taken.
 type Taking struct {
-	Name    string        // empty: it is called by its time
-	Devices []string      // empty: all of them
-	TTL     time.Duration // destroyed after that; 0: never
-	Freeze  []string      // mount points of file systems to freeze around the instant
-	Before  string        // shell command to run before; the snapshot is not taken if it fails
-	After   string        // shell command to run after, whatever happened
+	SnapshotRequest
+	Freeze []string // mount points of file systems to freeze around the instant
+	Before string   // shell command to run before; the snapshot is not taken if it fails
+	After  string   // shell command to run after, whatever happened
 }
 
 // Take takes a snapshot. When it returns, frozen file systems are thawed and After
@@ -50,13 +47,13 @@ func (c *Client) Take(ctx context.Context, t Taking) (v SnapshotInfo, err error)
 
 func (c *Client) takeFrozen(ctx context.Context, t Taking) (v SnapshotInfo, err error) {
 	if len(t.Freeze) == 0 {
-		return c.TakeSnapshot(ctx, SnapshotRequest{t.Name, t.Devices, t.TTL})
+		return c.TakeSnapshot(ctx, t.SnapshotRequest)
 	}
 	f, err := startFreezer(t.Freeze)
 	if err != nil {
 		return v, err
 	}
-	v, err = c.TakeSnapshot(ctx, SnapshotRequest{t.Name, t.Devices, t.TTL})
+	v, err = c.TakeSnapshot(ctx, t.SnapshotRequest)
 	thawed := f.thaw()
 	if err == nil && thawed != nil {
 		err = c.DestroySnapshots(context.WithoutCancel(ctx), []string{v.Name}, true)

@@ -58,7 +58,7 @@ func (s treeSource) Take(name string) error {
 	if name == "" {
 		return syscall.EINVAL
 	}
-	_, err := s.d.take(name, nil, note{})
+	_, err := s.d.take(SnapshotRequest{Name: name})
 	return err
 }
 

@@ -79,7 +79,7 @@ func TestTreeLists(t *testing.T) {
 	for _, name := range []string{"z", "b", "a"} {
 		take(t, d, name)
 	}
-	if _, err := d.take("k", []string{"vdb"}, note{}); err != nil {
+	if _, err := d.take(SnapshotRequest{Name: "k", Devices: []string{"vdb"}}); err != nil {
 		t.Fatal(err)
 	}
 	if err := d.destroy("b", false); err != nil {
