@@ -63,6 +63,9 @@ type SnapshotInfo struct {
 	HeldUp   time.Duration `json:"held_up_ns"` // how long writes waited while it was taken
 	Expires  *time.Time    `json:"expires,omitempty"`
 	Images   []ImageInfo   `json:"images"` // by device
+
+	// Store is how long the snapstore lasts; only where one snapshot is asked for.
+	Store *SpaceInfo `json:"store,omitempty"`
 }
 
 // ImageInfo describes one device's content in a snapshot.
@@ -73,6 +76,10 @@ type ImageInfo struct {
 	State  string      `json:"state"`
 	Holds  int64       `json:"holds"` // bytes in the snapstore that nobody else needs
 	CBT    ChangesInfo `json:"cbt"`
+
+	// Shares is how many bytes of the snapstore it reads that others need, too. It
+	// takes a look at all of them: only where one snapshot is asked for.
+	Shares *int64 `json:"shares,omitempty"`
 }
 
 // Extent is a run of bytes that a copy has to deal with: read it (data), or
@@ -91,6 +98,14 @@ type PartInfo struct {
 	Used  int64  `json:"used"`
 	Free  int64  `json:"free"`
 	State string `json:"state"`
+}
+
+// SpaceInfo is how much room the snapstore has and how long that lasts.
+type SpaceInfo struct {
+	Size int64         `json:"size"`
+	Free int64         `json:"free"`
+	Rate int64         `json:"rate"`              // bytes that are used up each second, of late
+	Left time.Duration `json:"left_ns,omitempty"` // until it is full at that rate; none where the rate is 0
 }
 
 // DeviceRequest asks for an origin to be put under tracking. Origin is

@@ -4,7 +4,6 @@
 package control
 
 import (
-	"fmt"
 	"log/slog"
 	"slices"
 	"sync"
@@ -95,11 +94,7 @@ func (d *Daemon) noteEngine(e cow.Event) {
 
 // noteLow says that the snapstore is running low, before snapshots are lost.
 func (d *Daemon) noteLow(l store.LowSpace) {
-	text := fmt.Sprintf("%s of %s free", people(l.Free), people(l.Size))
-	if l.Left > 0 {
-		text += fmt.Sprintf(", full in %s at the present rate", l.Left.Round(time.Second))
-	}
-	d.record("store-low", "", "", text)
+	d.record("store-low", "", "", SpaceInfo(l).text())
 	d.mu.Lock()
 	command := d.onLow
 	d.mu.Unlock()

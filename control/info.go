@@ -55,7 +55,14 @@ func (d *Daemon) snapshotInfo(name string) (SnapshotInfo, error) {
 	if err != nil {
 		return SnapshotInfo{}, err
 	}
-	return d.describe(s), nil
+	info := d.describe(s)
+	for k, i := range s.Images() {
+		shares := i.Shares()
+		info.Images[k].Shares = &shares
+	}
+	space := SpaceInfo(d.pool.Outlook())
+	info.Store = &space
+	return info, nil
 }
 
 func (d *Daemon) describe(s *cow.Snapshot) SnapshotInfo {

@@ -134,24 +134,52 @@ func (v SnapshotInfo) holds() (n int64) {
 	return n
 }
 
+// shares is how many more it reads.
+func (v SnapshotInfo) shares() (n int64) {
+	for _, i := range v.Images {
+		n += i.shares()
+	}
+	return n
+}
+
+func (i ImageInfo) shares() int64 {
+	if i.Shares == nil {
+		return 0
+	}
+	return *i.Shares
+}
+
 // Snapshot prints all about one snapshot, and a line for each image.
 func (o Output) Snapshot(v SnapshotInfo) error {
-	err := printOne(o, v,
+	pairs := []string{
 		"name", v.Name,
 		"created", v.Created.Format(time.RFC3339Nano),
 		"state", v.State,
 		"access", v.access(),
 		"held_up", v.HeldUp.String(),
 		"holds", sizeLine(v.holds()),
+		"shares", sizeLine(v.shares()),
 		"expires", v.expires(),
-	)
-	if err != nil || o.JSON {
+	}
+	if v.Store != nil {
+		pairs = append(pairs, "store", v.Store.text())
+	}
+	if err := printOne(o, v, pairs...); err != nil || o.JSON {
 		return err
 	}
 	fmt.Fprintln(o)
-	return printAll(o, "DEVICE SIZE STATE HOLDS NUMBER URI", v.Images, func(i ImageInfo) []string {
-		return []string{i.Device, people(i.Size), i.State, people(i.Holds), decimal(i.CBT.Number), i.URI}
+	return printAll(o, "DEVICE SIZE STATE HOLDS SHARES NUMBER URI", v.Images, func(i ImageInfo) []string {
+		return []string{i.Device, people(i.Size), i.State, people(i.Holds), people(i.shares()), decimal(i.CBT.Number), i.URI}
 	})
+}
+
+// text says how much room there is and how long it lasts.
+func (v SpaceInfo) text() string {
+	text := fmt.Sprintf("%s of %s free", people(v.Free), people(v.Size))
+	if v.Left > 0 {
+		text += fmt.Sprintf(", full in %s at the present rate, %s a second", span(v.Left), people(v.Rate))
+	}
+	return text
 }
 
 func (v SnapshotInfo) expires() string {

@@ -36,6 +36,18 @@ func sizeLine(n int64) string {
 
 func clock(t time.Time) string { return t.Local().Format(time.DateTime) }
 
+// span is a time that is left, as exactly as people want it.
+func span(d time.Duration) string {
+	const day = 24 * time.Hour
+	switch {
+	case d >= 365*day:
+		return "over a year"
+	case d >= 2*day:
+		return plural(int(d/day), "day")
+	}
+	return d.Round(time.Second).String()
+}
+
 func orDash(s string) string { return cmp.Or(s, "-") }
 
 // plural is n with the word for it.

@@ -214,6 +214,58 @@ func TestCommandsPrint(t *testing.T) {
 	}
 }
 
+// What snapshots hold of the snapstore, and what they share.
+func TestSnapshotShow(t *testing.T) {
+	needRoot(t)
+	d, _ := serveOrigin(t, 4*miB, "--store", "mem:16MiB")
+	live := d.open("vda")
+	p := make([]byte, 64*kiB)
+	for i, name := range []string{"older", "newer"} {
+		mkdir(t, d.snapshot(name))
+		if err := live.writeAt(p, int64(i)*miB); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, tc := range []struct {
+		name          string
+		holds, shares float64
+	}{
+		{"older", 64 * kiB, 64 * kiB}, // it alone needs what was written before newer was taken
+		{"newer", 0, 64 * kiB},
+	} {
+		v := d.json("snapshot", "show", tc.name)[0]
+		image := v["images"].([]any)[0].(map[string]any)
+		if image["holds"] != tc.holds || image["shares"] != tc.shares {
+			t.Errorf("%s holds and shares\n got %v and %v\nwant %v and %v", tc.name, image["holds"], image["shares"], tc.holds, tc.shares)
+		}
+		if ns, _ := v["held_up_ns"].(float64); ns <= 0 {
+			t.Errorf("%s held writes up for %v ns, want some", tc.name, v["held_up_ns"])
+		}
+		if got, want := fmt.Sprint(v["created"]), read(t, d.snapshot(tc.name, "created")); !sameTime(got, want) {
+			t.Errorf("%s was created\n got %s\nwant %s", tc.name, got, want)
+		}
+		store := v["store"].(map[string]any)
+		if store["size"] != 16.*miB || store["free"] != 16.*miB-128*kiB {
+			t.Errorf("size and free space of the store\n got %v and %v\nwant 16 MiB, and 128 KiB less", store["size"], store["free"])
+		}
+		rate, _ := store["rate"].(float64)
+		left, _ := store["left_ns"].(float64)
+		if rate <= 0 || left <= 0 {
+			t.Errorf("right after writes the store fills at a rate of %v, full in %v ns; want both above 0", store["rate"], store["left_ns"])
+		}
+	}
+	if got, want := d.blksnap("snapshot", "show", "older"), "full in "; !strings.Contains(got, want) {
+		t.Errorf("snapshot show\n got %s\nwant it to say %q", got, want)
+	}
+}
+
+// sameTime says whether two texts are the same time in RFC 3339.
+func sameTime(a, b string) bool {
+	x, errX := time.Parse(time.RFC3339Nano, a)
+	y, errY := time.Parse(time.RFC3339Nano, b)
+	return errX == nil && errY == nil && x.Equal(y)
+}
+
 // Only its owner may read the tree, unless --allow-other says otherwise.
 func TestAllowOther(t *testing.T) {
 	needRoot(t)
