@@ -142,6 +142,27 @@ func TestSnapshotInUse(t *testing.T) {
 	}
 }
 
+// TestDestroySeveral destroys snapshots of which some are in use.
+func TestDestroySeveral(t *testing.T) {
+	d := newTestDaemon(t, "vda", "vdb")
+	for _, name := range []string{"a", "b", "c", "d"} {
+		take(t, d, name)
+	}
+	inA, inC := open(t, d, "vdb@a"), open(t, d, "vda@c")
+	err := d.destroySnapshots([]string{"c", "d", "a", "b", "a"}, false)
+	if !errors.Is(err, syscall.EBUSY) {
+		t.Errorf("destroy some that are in use\n got %v\nwant %v", err, syscall.EBUSY)
+	}
+	wantError(t, "destroy some that are in use", errors.New(OneLine(err)),
+		"destroy snapshot a: image of vdb is in use: device or resource busy; destroy snapshot c: image of vda is in use: device or resource busy")
+	if diff := cmp.Diff([]string{"a", "c"}, names(d.snapshotInfos(), func(v SnapshotInfo) string { return v.Name })); diff != "" {
+		t.Errorf("snapshots left, -want +got:\n%s", diff)
+	}
+	inA.Release()
+	inC.Release()
+	wantError(t, "destroy them when they are not", d.destroySnapshots([]string{"a", "c"}, false), "<nil>")
+}
+
 // TestBlockStatus compares the extents of live devices and images, for random
 // ranges, with a model of what was written in which interval.
 func TestBlockStatus(t *testing.T) {

@@ -97,8 +97,8 @@ func (d *Daemon) choose(name string, devices []string) (string, []*cow.Device, e
 }
 
 // destroySnapshots destroys snapshots, those in use only if force is set. An
-// unknown name is refused before any is destroyed; one in use ends it, with
-// those before it destroyed.
+// unknown name is refused before any is destroyed. The error tells of each that is
+// in use; the others are destroyed all the same.
 func (d *Daemon) destroySnapshots(names []string, force bool) error {
 	for _, n := range names {
 		if _, err := d.snapshot(n); err != nil {
@@ -106,12 +106,11 @@ func (d *Daemon) destroySnapshots(names []string, force bool) error {
 		}
 	}
 	slices.Sort(names)
+	var errs []error
 	for _, n := range slices.Compact(names) {
-		if err := d.destroy(n, force); err != nil {
-			return err
-		}
+		errs = append(errs, d.destroy(n, force))
 	}
-	return nil
+	return errors.Join(errs...)
 }
 
 // lateRelease is how long an image may still count as in use after its last

@@ -197,6 +197,8 @@ func TestCommandsRefuse(t *testing.T) {
 			wantRefused(t, d.try(strings.Fields(tc.args)...), tc.status, tc.want)
 		})
 	}
+	mkdir(t, d.snapshot("free"))
+	wantRefused(t, d.try("snapshot", "destroy", "taken", "free"), 1, "taken")
 	if got, want := snapshots(t, d), "[latest taken]"; got != want {
 		t.Errorf("snapshots after all that\n got %s\nwant %s", got, want)
 	}
