@@ -26,8 +26,9 @@ import (
 // configFile is read where it exists and no other is named.
 const configFile = "/etc/blksnap.yaml"
 
-// Config is what serve is told, as it was given: nothing is filled in yet. The
-// tags are the flags of the command line and the keys of the file.
+// Config is what serve is told, as it was given: nothing is filled in yet, and a
+// nil switch was not given. The tags are the flags of the command line and the keys
+// of the file.
 type Config struct {
 	Origin []string `arg:"" optional:"" sep:"none" name:"origin" placeholder:"[NAME=]ORIGIN" yaml:"origin" help:"Raw image file or block device to protect, under its name (default: its base name without extension)."`
 
@@ -40,12 +41,12 @@ type Config struct {
 	File    string   `placeholder:"FILE" name:"config" yaml:"-" help:"The same settings in YAML (/etc/blksnap.yaml where it exists); flags win."`
 
 	TLSCerts       string `name:"tls-certs" placeholder:"DIR" yaml:"tls-certs" help:"Offer TLS with the certificates in DIR (ca-cert.pem, server-cert.pem, server-key.pem) to clients with one of that authority."`
-	AllowPlaintext bool   `yaml:"allow-plaintext" help:"Serve other machines without TLS, too: anybody who reaches the socket can read and write the disks."`
+	AllowPlaintext *bool  `negatable:"" yaml:"allow-plaintext" help:"Serve other machines without TLS, too: anybody who reaches the socket can read and write the disks."`
 
 	OnStoreLow string `placeholder:"CMD" yaml:"on-store-low" help:"Run CMD with sh when the snapstore runs low, with its figures in the environment: BLKSNAP_STORE_SIZE, _FREE, _RATE (bytes a second), _LEFT (seconds), and BLKSNAP_CONTROL."`
 
-	AllowOther bool `yaml:"allow-other" help:"Show the tree to other users too."`
-	Force      bool `yaml:"force" help:"Take a store's file or device although it holds something else."`
+	AllowOther *bool `negatable:"" yaml:"allow-other" help:"Show the tree to other users too."`
+	Force      *bool `negatable:"" yaml:"force" help:"Take a store's file or device although it holds something else."`
 
 	DeviceConfig `yaml:",inline"`
 }
@@ -115,10 +116,10 @@ func (c Config) withFile() (Config, error) {
 	c.TrackingBlock = cmp.Or(c.TrackingBlock, f.TrackingBlock)
 	c.StoreWait = cmp.Or(c.StoreWait, f.StoreWait)
 	c.TLSCerts = cmp.Or(c.TLSCerts, f.TLSCerts)
-	c.AllowPlaintext = c.AllowPlaintext || f.AllowPlaintext
+	c.AllowPlaintext = cmp.Or(c.AllowPlaintext, f.AllowPlaintext)
 	c.OnStoreLow = cmp.Or(c.OnStoreLow, f.OnStoreLow)
-	c.AllowOther = c.AllowOther || f.AllowOther
-	c.Force = c.Force || f.Force
+	c.AllowOther = cmp.Or(c.AllowOther, f.AllowOther)
+	c.Force = cmp.Or(c.Force, f.Force)
 	return c, nil
 }
 

@@ -22,6 +22,7 @@ func writeConfig(t *testing.T, text string) string {
 }
 
 func TestReadConfig(t *testing.T) {
+	yes := true
 	for _, tc := range []struct {
 		name string
 		text string
@@ -53,7 +54,7 @@ store-wait: 1m30s
 			want: Config{
 				Origin: []string{"vda=/srv/vda.img", "/dev/sdb"}, Mount: "none", Run: "/r",
 				Listen: []string{"unix:///s", "tcp://localhost"}, Control: "/c",
-				Store: []string{"mem:1GiB", "file:/f:10GiB"}, State: "/s", TLSCerts: "/t", OnStoreLow: "true", AllowPlaintext: true, AllowOther: true, Force: true,
+				Store: []string{"mem:1GiB", "file:/f:10GiB"}, State: "/s", TLSCerts: "/t", OnStoreLow: "true", AllowPlaintext: &yes, AllowOther: &yes, Force: &yes,
 				DeviceConfig: DeviceConfig{TrackingBlock: 4096, StoreWait: 90 * time.Second},
 			},
 		},
@@ -91,12 +92,14 @@ store-wait: 1m30s
 
 // TestFlagsWin merges a file with flags that say otherwise.
 func TestFlagsWin(t *testing.T) {
-	path := writeConfig(t, "origin: /f.img\nrun: /f\nstate: /f\nstore: [mem, file:/f]\nstore-wait: 1s\nallow-other: true\n")
+	path := writeConfig(t, "origin: /f.img\nrun: /f\nstate: /f\nstore: [mem, file:/f]\nstore-wait: 1s\nallow-other: true\nforce: true\n")
+	yes, no := true, false
 	flags := Config{
 		File:         path,
 		Origin:       []string{"/flag.img"},
 		State:        "/flag",
 		Store:        []string{"dev:/flag"},
+		Force:        &no,
 		DeviceConfig: DeviceConfig{TrackingBlock: 8192},
 	}
 	got, err := flags.withFile()
@@ -109,7 +112,8 @@ func TestFlagsWin(t *testing.T) {
 		Run:          "/f",
 		State:        "/flag",
 		Store:        []string{"dev:/flag"},
-		AllowOther:   true,
+		AllowOther:   &yes,
+		Force:        &no,
 		DeviceConfig: DeviceConfig{TrackingBlock: 8192, StoreWait: time.Second},
 	}
 	if diff := cmp.Diff(want, got); diff != "" {

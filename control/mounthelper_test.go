@@ -37,6 +37,7 @@ func TestServeArgs(t *testing.T) {
 		{"as in the manual", "rw,origin=vda=/srv/vda.img,store=file:/srv/blksnap.store,dev,suid", "--store=file:/srv/blksnap.store -- vda=/srv/vda.img", ""},
 		{"several", "origin=/a.img,store=mem:1GiB,origin=b=/b.img,store=file:/s", "--store=mem:1GiB --store=file:/s -- /a.img b=/b.img", ""},
 		{"switches", "allow-other,force", "--allow-other --force --", ""},
+		{"switched off", "no-allow-other,force=false", "--no-allow-other --force=false --", ""},
 		{"as FUSE has it", "allow_other,default_permissions", "--allow-other --", ""},
 		{"what is for others", "defaults,_netdev,nofail,noauto,user,x-systemd.requires=foo,comment=hm,nosuid,relatime", "--", ""},
 		{"unknown ones are for serve to refuse", "orign=/a.img", "--orign=/a.img --", ""},

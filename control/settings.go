@@ -49,7 +49,8 @@ func settle(c Config, passed bool) (s settings, err error) {
 			return s, err
 		}
 	}
-	s.allowOther, s.force, s.allowPlaintext = c.AllowOther, c.Force, c.AllowPlaintext
+	on := func(given *bool) bool { return given != nil && *given }
+	s.allowOther, s.force, s.allowPlaintext = on(c.AllowOther), on(c.Force), on(c.AllowPlaintext)
 	s.onStoreLow = c.OnStoreLow
 	if s.tls, err = loadTLS(c.TLSCerts); err != nil {
 		return s, err

@@ -269,12 +269,17 @@ func sameTime(a, b string) bool {
 // Only its owner may read the tree, unless --allow-other says otherwise.
 func TestAllowOther(t *testing.T) {
 	needRoot(t)
+	configured := filepath.Join(scratch(t), "blksnap.yaml")
+	write(t, configured, []byte("allow-other: true\n"))
 	for _, tc := range []struct {
 		args []string
 		want error
 	}{
 		{nil, syscall.EACCES},
 		{[]string{"--allow-other"}, nil},
+		{[]string{"--config", configured}, nil},
+		{[]string{"--config", configured, "--no-allow-other"}, syscall.EACCES},
+		{[]string{"--config", configured, "--allow-other=false"}, syscall.EACCES},
 	} {
 		t.Run(fmt.Sprint(tc.args), func(t *testing.T) {
 			d, _ := serveOrigin(t, miB, tc.args...)
