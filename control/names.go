@@ -52,9 +52,13 @@ func isAlnum(c byte) bool {
 // only if it has a name's form: /a=b/disk.img is a path. Without a name the
 // device is called by the base name of its origin without the last extension.
 func splitOrigin(arg string) (name, origin string, err error) {
-	if before, after, ok := strings.Cut(arg, "="); ok && isName(before) {
+	before, after, ok := strings.Cut(arg, "=")
+	switch {
+	case ok && isName(before):
 		name, origin = before, after
-	} else {
+	case ok && before == "":
+		return "", "", refuse(syscall.EINVAL, "origin %q: the name before the = is empty: write NAME%s", clip(arg), clip(arg))
+	default:
 		origin = arg
 		base := filepath.Base(origin)
 		name = strings.TrimSuffix(base, filepath.Ext(base))

@@ -65,6 +65,7 @@ func TestSplitOrigin(t *testing.T) {
 		{"reserved by default", "/srv/latest.img", "", ""},
 		{"reserved by name", "latest=/srv/a.img", "", ""},
 		{"empty", "", "", ""},
+		{"empty name", "=/srv/a.img", "", ""},
 		{"empty path", "vda=", "", ""},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -74,6 +75,12 @@ func TestSplitOrigin(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestEmptyName says what to write instead.
+func TestEmptyName(t *testing.T) {
+	_, _, err := splitOrigin("=ok.img")
+	wantError(t, "no name before the =", err, `origin "=ok.img": the name before the = is empty: write NAME=ok.img`)
 }
 
 func TestTimeName(t *testing.T) {

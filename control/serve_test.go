@@ -236,7 +236,7 @@ func TestServeRefuses(t *testing.T) {
 		{"second store of a bad size", func(c *Config) { c.Store = []string{"mem:1MiB", "file:STATE/s:0"} },
 			`snapstore "file:STATE/s:0": limit 0 is too small`},
 		{"mount point missing", func(c *Config) { c.Mount = "/nonexistent/mnt" },
-			"mount point /nonexistent/mnt does not exist"},
+			"mount point /nonexistent/mnt: no such file or directory$"},
 		{"mount point not empty", func(c *Config) { c.Mount = filepath.Dir(good) },
 			"mount point " + filepath.Dir(good) + ": directory not empty"},
 		{"mount point is a file", func(c *Config) { c.Mount = good },

@@ -76,7 +76,7 @@ func checkEmpty(path string) error {
 	d, err := os.OpenFile(path, os.O_RDONLY|syscall.O_DIRECTORY, 0)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return fmt.Errorf("mount point %s does not exist: %w", path, fs.ErrNotExist)
+		return fmt.Errorf("mount point %s: %w", path, syscall.ENOENT)
 	case err != nil:
 		return fmt.Errorf("mount point: %w", err)
 	}
