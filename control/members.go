@@ -9,11 +9,13 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 
 	"github.com/google/uuid"
 
@@ -51,7 +53,12 @@ func membersPath(run string) string { return filepath.Join(run, "set.json") }
 // The error matches fs.ErrNotExist where it left nothing.
 func readMembers(run, boot string) (members, error) {
 	path := membersPath(run)
-	b, err := os.ReadFile(path)
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // a FIFO is empty then
+	if err != nil {
+		return members{}, err
+	}
+	defer f.Close()
+	b, err := io.ReadAll(f)
 	if err != nil {
 		return members{}, err
 	}
@@ -79,6 +86,9 @@ func (m members) write(run string) error {
 		return err
 	}
 	path := membersPath(run)
+	if err := os.RemoveAll(path + ".new"); err != nil { // whatever it is
+		return err
+	}
 	if err := os.WriteFile(path+".new", append(b, '\n'), 0o600); err != nil {
 		return err
 	}

@@ -122,7 +122,7 @@ func decodeCheckpoint(b []byte) (c checkpointInfo, err error) {
 // writeCheckpoint writes info and the bytes of the map durably to path, in place
 // of what is there, or leaves that as it is.
 func writeCheckpoint(path string, info checkpointInfo, view *cbt.View) (err error) {
-	f, err := os.OpenFile(path+".new", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	f, err := os.OpenFile(path+".new", os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return err
 	}
@@ -197,7 +197,7 @@ type checkpointFile struct {
 
 // openCheckpoint opens the checkpoint at path.
 func openCheckpoint(path string) (*checkpointFile, error) {
-	f, err := os.Open(path)
+	f, err := openState(path)
 	if err != nil {
 		return nil, err
 	}

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync/atomic"
+	"syscall"
 )
 
 // layer holds what was preserved from the instant of one snapshot to that of
@@ -31,6 +32,12 @@ func layerPath(dir, name string, number uint64) string {
 		return ""
 	}
 	return filepath.Join(dir, fmt.Sprintf(name, number))
+}
+
+// openState opens a file of ours to be read. Whatever stands there instead is an
+// error, now or when it is read: a FIFO, whose writer would be waited for, too.
+func openState(path string) (*os.File, error) {
+	return os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 }
 
 const (
@@ -60,7 +67,7 @@ func openLayer(dir string, number uint64) (*layer, error) {
 // findTable opens a table with a layer's header, and the magic, that a predecessor
 // left under a number.
 func findTable(path, magic string, number uint64) (*table, error) {
-	f, err := os.Open(path)
+	f, err := openState(path)
 	if err != nil {
 		return nil, err
 	}

@@ -8,6 +8,8 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
+	"syscall"
 	"testing"
 )
 
@@ -66,6 +68,66 @@ func TestStoresInAnotherOrder(t *testing.T) {
 					t.Errorf("changed since the snapshot\n got %q\nwant %q", got, want)
 				}
 			}
+		})
+	}
+}
+
+// Something else where a file of the daemon's was: a start goes on without what was
+// in it, or says why it cannot, and does not hang.
+func TestStateThatIsNoFile(t *testing.T) {
+	needRoot(t)
+	d, origin := serveOrigin(t, miB)
+	mkdir(t, d.snapshot("s1"))
+	if err := d.open("vda").writeAt(make([]byte, 64*kiB), 0); err != nil {
+		t.Fatal(err)
+	}
+	d.blksnap("snapshot", "create", "--writable", "s2")
+	d.kill()
+	var files []string
+	for _, dir := range []string{d.runDir, d.state} {
+		err := filepath.WalkDir(dir, func(path string, e os.DirEntry, err error) error {
+			if err == nil && e.Type().IsRegular() {
+				files = append(files, path)
+			}
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, path := range files {
+		name, err := filepath.Rel(d.dir, path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Run(strings.ReplaceAll(name, "/", " "), func(t *testing.T) {
+			e := newDaemon(t, nil)
+			sh(t, `cp -a "$1" "$2" "$3"; rm -f "$3"/*/*.sock "$3/$4"; mkfifo "$3/$4"`, d.runDir, d.state, e.dir, name)
+			cmd := e.command("serve", "--mount", "none", "--run", e.runDir, "--state", e.state, origin)
+			cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
+			served := &log{}
+			cmd.Stdout, cmd.Stderr = served, served
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			ended := make(chan struct{})
+			go func() {
+				cmd.Wait()
+				close(ended)
+			}()
+			defer func() {
+				cmd.Process.Kill()
+				<-ended
+			}()
+			eventually(t, "the start has succeeded, or failed", func() bool {
+				select {
+				case <-ended:
+					return true
+				default:
+					return strings.Contains(served.String(), "ready\n")
+				}
+			})
+			t.Log(served)
 		})
 	}
 }
