@@ -29,6 +29,10 @@ type Daemon struct {
 	// daemon that has lost its tree.
 	stopping, idle chan struct{}
 
+	// complete is closed when the snapshots of a predecessor are known, or the start
+	// has failed: before, nobody is shown a set that lacks some.
+	complete chan struct{}
+
 	// Locks, in the order in which they are taken.
 
 	// changing serializes taking and destroying snapshots and removing devices,
@@ -67,6 +71,7 @@ func newDaemon(version string, log *slog.Logger, cat *cow.Catalogue, pool *store
 		version: version, log: log, events: newEvents(), cat: cat, pool: pool, uri: uri,
 		stopping: make(chan struct{}),
 		idle:     make(chan struct{}),
+		complete: make(chan struct{}),
 		devices:  make(map[string]*device),
 		adding:   make(map[string]bool),
 	}

@@ -31,6 +31,7 @@ func newTestDaemon(t *testing.T, devices ...string) *Daemon {
 		t.Fatal(err)
 	}
 	d := newDaemon("0.0.0-test", slog.New(slog.DiscardHandler), cat, pool, func(export string) string { return "nbd:" + export })
+	close(d.complete)
 	t.Cleanup(func() {
 		if !d.isStopping() {
 			d.stop()

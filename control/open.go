@@ -54,10 +54,26 @@ func (s *service) open(ctx context.Context, passed []net.Listener) error {
 	if err := s.openDevices(left); err != nil {
 		return err
 	}
+	if err := s.show(ctx); err != nil {
+		return err
+	}
+	s.discard()
 	s.daemon.setDirs(s.set.run, s.set.state)
 	s.daemon.keepMembers(s.set.run, left)
 	s.runOnLow()
-	return s.mountTree(ctx)
+	return nil
+}
+
+// show mounts the tree and finds the snapshots of a predecessor, which gives up what
+// cannot be found. So that is last: a start that fails, perhaps because it was told
+// of the wrong stores and devices, must not cost any snapshot. Until then the tree
+// is mounted but shows nothing.
+func (s *service) show(ctx context.Context) error {
+	defer close(s.daemon.complete)
+	if err := s.mountTree(ctx); err != nil {
+		return err
+	}
+	return s.daemon.recoverSnapshots()
 }
 
 // membersLeft is what the set file says. Without it nobody knows which part a
@@ -78,7 +94,7 @@ func (s *service) membersLeft(cat *cow.Catalogue) (members, error) {
 }
 
 // openDevices opens the devices that were asked for, and those that were added
-// while a predecessor ran, and finds its snapshots again.
+// while a predecessor ran.
 func (s *service) openDevices(left members) error {
 	for _, q := range s.set.devices {
 		if _, err := s.daemon.addDevice(q, false); err != nil {
@@ -90,17 +106,17 @@ func (s *service) openDevices(left members) error {
 			s.log.Error("a device of the daemon before is not back", "device", q.Name, "err", err)
 		}
 	}
-	if err := s.daemon.recoverSnapshots(); err != nil {
-		return err
-	}
-	// What nobody names any more goes back to the file system; meanwhile other
-	// slots are given out.
+	return nil
+}
+
+// discard gives what nobody names any more back to the file system; meanwhile other
+// slots are given out.
+func (s *service) discard() {
 	discarded := make(chan error, 1)
 	go func() { discarded <- s.daemon.pool.Discard() }()
 	s.later(func() error {
 		return within(closeLimit, "empty the snapstore", func() error { return <-discarded })
 	})
-	return nil
 }
 
 // openStores opens the parts of the snapstore, with what a predecessor kept in

@@ -17,24 +17,30 @@ import (
 // treeSource is the daemon as the tree sees it.
 type treeSource struct{ d *Daemon }
 
+// set is the daemon, once its set of devices and snapshots is complete.
+func (s treeSource) set() *Daemon {
+	<-s.d.complete
+	return s.d
+}
+
 func (s treeSource) Version() string { return "blksnap " + s.d.version }
 
 func (s treeSource) Devices() []string {
 	var names []string
-	for _, dev := range s.d.sortedDevices() {
+	for _, dev := range s.set().sortedDevices() {
 		names = append(names, dev.Name())
 	}
 	return names
 }
 
 func (s treeSource) Device(name string) (fusefs.Device, bool) {
-	dev, err := s.d.device(name)
+	dev, err := s.set().device(name)
 	return treeDevice{s.d, dev}, err == nil
 }
 
 func (s treeSource) Snapshots() []string {
 	var names []string
-	for _, snap := range s.d.allSnapshots() {
+	for _, snap := range s.set().allSnapshots() {
 		names = append(names, snap.Name())
 	}
 	slices.Sort(names)
@@ -42,12 +48,12 @@ func (s treeSource) Snapshots() []string {
 }
 
 func (s treeSource) Snapshot(name string) (fusefs.Snapshot, bool) {
-	snap, err := s.d.snapshot(name)
+	snap, err := s.set().snapshot(name)
 	return treeSnapshot{s.d, snap}, err == nil
 }
 
 func (s treeSource) Latest() string {
-	all := s.d.allSnapshots()
+	all := s.set().allSnapshots()
 	if len(all) == 0 {
 		return ""
 	}
@@ -58,11 +64,11 @@ func (s treeSource) Take(name string) error {
 	if name == "" {
 		return syscall.EINVAL
 	}
-	_, err := s.d.take(SnapshotRequest{Name: name})
+	_, err := s.set().take(SnapshotRequest{Name: name})
 	return err
 }
 
-func (s treeSource) Destroy(name string) error { return s.d.destroy(name, false) }
+func (s treeSource) Destroy(name string) error { return s.set().destroy(name, false) }
 
 func (s treeSource) Space() (size, free int64) {
 	size, _, free = s.d.pool.Space()

@@ -4,12 +4,15 @@ package cow
 
 import (
 	"bytes"
+	"errors"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"blksnap/store"
 )
 
 func thisBoot(t *testing.T) string {
@@ -204,5 +207,82 @@ func TestLayerCutShort(t *testing.T) {
 		}
 		wantImage(t, s, "three", "a", bytes.Repeat([]byte{2}, siteSize))
 		s.close(t)
+	}
+}
+
+// TestStartThatFails starts with another snapstore and without a device, and ends
+// before Recover: that costs no image anything.
+func TestStartThatFails(t *testing.T) {
+	dir, boot := newSiteDir(t), thisBoot(t)
+	s := openSite(t, dir, 64<<20, nil)
+	n, err := s.cat.Take("both", s.devs, TakeOptions{Limit: time.Minute, Writable: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, d := range s.devs {
+		put(t, d, 1, 0, siteSize)
+		put(t, image(t, n, d.Name()), 2, 0, chunkSize)
+	}
+	s.close(t)
+
+	for range 2 { // of them the second finds what the first has left
+		cat, why, err := openSoundCatalogue(filepath.Join(dir, "run"), boot)
+		if err = errors.Join(why, err); err != nil {
+			t.Fatal(err)
+		}
+		part, err := store.OpenMem(1 << 20)
+		if err != nil {
+			t.Fatal(err)
+		}
+		pool := store.NewPool(part)
+		o, err := OpenOrigin(filepath.Join(dir, "b"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		o.file = copied{o.file}
+		b, err := cat.Open(o, pool, Config{Name: "b"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(b.Close(), pool.Close(), cat.Close()); err != nil {
+			t.Fatal(err)
+		}
+	}
+
+	s = openSite(t, dir, 64<<20, nil)
+	defer s.close(t)
+	content := append(bytes.Repeat([]byte{2}, chunkSize), make([]byte, siteSize-chunkSize)...)
+	for _, name := range siteDevices {
+		wantImage(t, s, "both", name, content)
+	}
+	if err := Check(s.pool, s.devs...); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestForeignWriteLosesOverlays finds an origin that somebody else wrote to: what its
+// images held, and what was written to them, goes back to the snapstore.
+func TestForeignWriteLosesOverlays(t *testing.T) {
+	h := newHome(t, siteSize)
+	h.open()
+	n, err := h.cat.Take("s", []*Device{h.dev}, TakeOptions{Limit: time.Minute, Writable: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	put(t, h.dev, 1, 0, 2*chunkSize)
+	put(t, image(t, n, "vda"), 2, chunkSize, 2*chunkSize)
+	h.close()
+
+	h.moved = true // and that is another file than the one before
+	snaps := h.open()
+	defer h.close()
+	if got := image(t, snaps["s"], "vda").State(); got != "failed: the origin was replaced by another file" {
+		t.Errorf("state of the image\n got %s\nwant failed, and why", got)
+	}
+	if err := Check(h.pool, h.dev); err != nil {
+		t.Error(err)
+	}
+	if _, used, _ := h.pool.Space(); used != 0 {
+		t.Errorf("%d bytes of the snapstore are in use, want none", used)
 	}
 }

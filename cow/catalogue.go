@@ -44,6 +44,10 @@ type Catalogue struct {
 	mu     sync.Mutex
 	free   []record
 	opened map[string]bool // names of the devices that were opened
+
+	// waiting are the devices that have to be resumed by Recover, because they have
+	// layers of a predecessor, in the order in which they were opened.
+	waiting []*Device
 }
 
 func (c *Catalogue) did(what string) {

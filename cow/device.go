@@ -155,8 +155,8 @@ type Device struct {
 var serials atomic.Uint64
 
 // Open puts an origin under tracking. Where a predecessor left the device's state
-// in the run directory, its snapshots are open again and its change map goes on;
-// else, and where that state cannot be used, a new generation begins after
+// in the run directory, its snapshots are back with Recover and its change map goes
+// on; else, and where that state cannot be used, a new generation begins after
 // c.Number, and the event says why. The origin belongs to the device from then on,
 // also where Open fails.
 func (c *Catalogue) Open(o *Origin, pool *store.Pool, cfg Config) (*Device, error) {
@@ -165,8 +165,9 @@ func (c *Catalogue) Open(o *Origin, pool *store.Pool, cfg Config) (*Device, erro
 		o.Close()
 		return nil, fmt.Errorf("track %s: %w", cfg.Name, err)
 	}
-	d.running.Add(1)
-	go d.reclaim()
+	if len(d.layers) == 0 { // else it begins with Recover
+		d.running.Go(d.reclaim)
+	}
 	if d.stateDir != "" {
 		d.running.Add(1)
 		go d.keepDurable()
@@ -212,6 +213,9 @@ func (c *Catalogue) open(o *Origin, pool *store.Pool, cfg Config) (*Device, erro
 	}
 	c.mu.Lock()
 	c.opened[d.name] = true
+	if len(d.layers) > 0 {
+		c.waiting = append(c.waiting, d)
+	}
 	c.mu.Unlock()
 	return d, nil
 }

@@ -117,7 +117,6 @@ func (d *Device) wakeSettlers() {
 
 // reclaim does rounds until the device stops.
 func (d *Device) reclaim() {
-	defer d.running.Done()
 	defer d.wakeSettlers()
 	for {
 		select {

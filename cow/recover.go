@@ -2,9 +2,14 @@
 // instant, or ended.
 //
 // The catalogue says which snapshots there are; each device finds its layers, its
-// images and its change map, and puts the slots that its words name in use again.
-// What does not add up costs the device its snapshots or its generation, never
-// its service: a start without any state serves the origin as well.
+// images and its change map. What does not add up costs the device its snapshots or
+// its generation, never its service: a start without any state serves the origin as
+// well.
+//
+// Only Recover gives something up for the reason that it is not there now, be it a
+// part of the snapstore or a device: until then a start may fail, and be repeated
+// with the right ones. So the slots that words name are put in use there, and
+// nothing is reclaimed before.
 
 package cow
 
@@ -57,13 +62,22 @@ func (c *Catalogue) Forget() (int, error) {
 
 // Recover returns the predecessor's snapshots, oldest first, with the images of
 // all devices that were opened since; it is called once, before anything is
-// written to them and before the snapstore is told to discard. Snapshots that were
-// being destroyed are destroyed. Devices that are not there, which absent names, have
-// no images any more; a snapshot that lacks an image says so, also where it has none,
-// until it is destroyed: who copies its images must not take the rest for all.
+// written to them and before the snapstore is told to discard, when nothing else
+// can fail any more. Images that need a part of the snapstore that is not there are
+// lost. Snapshots that were being destroyed are destroyed. Devices that are not
+// there, which absent names, have no images any more; a snapshot that lacks an image
+// says so, also where it has none, until it is destroyed: who copies its images must
+// not take the rest for all.
 func (c *Catalogue) Recover() (snaps []*Snapshot, absent []string, err error) {
 	if absent, err = c.forgetAbsent(); err != nil {
 		return nil, nil, fmt.Errorf("forget images of devices that are not there: %w", err)
+	}
+	c.mu.Lock()
+	waiting := c.waiting
+	c.waiting = nil
+	c.mu.Unlock()
+	for _, d := range waiting {
+		d.resume()
 	}
 	for id, s := range c.found {
 		delete(c.found, id)
@@ -121,12 +135,20 @@ func (d *Device) recoverState(noted int64) error {
 	for _, f := range frozen { // of snapshots that did not come about, or went
 		f.Release()
 	}
+	return nil
+}
+
+// resume puts the slots that a predecessor's words name in use again, ends the images
+// that need what the origin does not have any more, and begins to preserve and to
+// reclaim. It is called once, before anything is written.
+func (d *Device) resume() {
+	d.adopt()
 	d.loseCut(d.Size(), math.MaxInt64)
 	d.mu.Lock()
-	defer d.mu.Unlock()
 	d.reshieldLocked()
 	d.askLocked()
-	return nil
+	d.mu.Unlock()
+	d.running.Go(d.reclaim)
 }
 
 // recoverChanges opens the change map and returns the frozen ones by number.
@@ -186,11 +208,7 @@ func (d *Device) recoverLayers(frozen map[uint64]*cbt.Frozen) error {
 		}
 	}
 	d.layers = layers
-	if err := d.removeOverlays(); err != nil {
-		return err
-	}
-	d.adopt()
-	return nil
+	return d.removeOverlays()
 }
 
 // openLayers opens the layers of which a snapshot was live, oldest first, and
@@ -295,9 +313,15 @@ func (d *Device) recoverImage(s *Snapshot, l *layer, frozen map[uint64]*cbt.Froz
 // had, because its part died with the process or is another now, costs the images
 // that read it.
 func (d *Device) adopt() {
+	for _, t := range d.retired.tables { // of images that were lost before
+		d.adoptOverlay(t)
+	}
 	for _, i := range slices.Clone(d.images) {
-		if i.overlay != nil {
-			d.adoptOverlay(i)
+		if i.overlay == nil {
+			continue
+		}
+		if lost := d.adoptOverlay(i.overlay.table); lost != nil {
+			d.breakImage(i, failed(lost.Error()), lost)
 		}
 	}
 	for n, l := range d.layers {
@@ -326,21 +350,19 @@ func (d *Device) older(n int, c chunkNo, w word) bool {
 	})
 }
 
-// adoptOverlay does the same with an overlay, whose slots nobody else names.
-func (d *Device) adoptOverlay(i *Image) {
-	var lost error
-	for c, w := range i.overlay.table.from(0) {
+// adoptOverlay does the same with an overlay's table, whose slots nobody else names.
+// The error says why some are not to be had.
+func (d *Device) adoptOverlay(t *table) (lost error) {
+	for c, w := range t.from(0) {
 		if !w.hasSlot() {
 			continue
 		}
 		if err := d.pool.Adopt(w.slot(), w.mask()); err != nil {
-			i.overlay.table.store(c, 0)
+			t.store(c, 0)
 			lost = err
 		}
 	}
-	if lost != nil {
-		d.breakImage(i, failed(lost.Error()), lost)
-	}
+	return lost
 }
 
 // loseFound breaks the images that find blocks mask of c in layer n, where they

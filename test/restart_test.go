@@ -132,6 +132,53 @@ func TestStateThatIsNoFile(t *testing.T) {
 	}
 }
 
+// A start with the wrong stores, or without a device, that fails: the next one, with
+// the right ones, finds every snapshot as it was.
+func TestStartThatFailsCostsNothing(t *testing.T) {
+	needRoot(t)
+	const size = 4 * miB
+	dir := scratch(t)
+	a, b := makeOrigin(t, dir, "a", size), makeOrigin(t, dir, "b", size)
+	right := []string{a, b, "--store", "file:" + dir + "/right:32MiB"}
+	d := serve(t, right...)
+	d.blksnap("snapshot", "create", "--writable", "s1")
+	p := make([]byte, size)
+	for _, name := range []string{"a", "b"} {
+		if err := errors.Join(d.open(name).writeAt(p, 0), d.open(name+"@s1").writeAt(p[:miB], miB)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	images := func() []string {
+		return []string{checksum(t, d.snapshot("s1", "a.img")), checksum(t, d.snapshot("s1", "b.img"))}
+	}
+	before := images()
+	d.kill()
+	for _, tc := range []struct {
+		name string
+		args []string
+		want string
+	}{
+		{"another store, and a mount point that is not there", []string{a, b, "--store", "mem:8MiB", "--mount", dir + "/none"}, "none"},
+		{"another store, and an origin that is not there", []string{a, dir + "/b2.img", "--store", "file:" + dir + "/wrong:8MiB"}, "b2.img"},
+		{"a device less, and a mount point that is not there", []string{a, "--store", "mem:8MiB", "--mount", dir + "/none"}, "none"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			args := append([]string{"serve", "--run", d.runDir, "--state", d.state}, tc.args...)
+			if !slices.Contains(args, "--mount") {
+				args = append(args, "--mount", d.mount)
+			}
+			wantRefused(t, end(t, d.command(args...)), 1, tc.want)
+		})
+	}
+	d.start(right...)
+	if got := read(t, d.snapshot("s1", "state")); got != "ok" {
+		t.Errorf("state of the snapshot\n got %s\nwant ok", got)
+	}
+	if got := images(); !slices.Equal(got, before) {
+		t.Errorf("checksums of the images\n got %v\nwant %v", got, before)
+	}
+}
+
 // A device that the command line does not name any more is not served any more;
 // one that was added at run time is back.
 func TestDevicesAfterARestart(t *testing.T) {
