@@ -120,6 +120,16 @@ func (m members) addedParts(asked []store.Spec) []store.Spec {
 	return added
 }
 
+// absent are the parts that hold something still, but were not opened.
+func (m members) absent() (parts []memberPart) {
+	for _, p := range m.Parts {
+		if spec, err := store.ParseSpec(p.Spec); err == nil && spec.Path != "" && !m.open[p.No] {
+			parts = append(parts, p)
+		}
+	}
+	return parts
+}
+
 // claim gives a part that was just opened its number: the one that it had, else
 // one that no part ever had. Slots of a part that is gone must not be looked for
 // in another.

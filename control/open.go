@@ -139,6 +139,9 @@ func (s *service) openStores(pool *store.Pool, left *members) error {
 			s.log.Error("a part of the snapstore is not back", "part", spec, "err", err)
 		}
 	}
+	for _, p := range left.absent() {
+		s.log.Warn("a part of the snapstore is not there any more", "part", p.Spec, "number", p.No)
+	}
 	if !left.news {
 		return nil // so that what has run before starts on a full file system, too
 	}

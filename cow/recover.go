@@ -321,6 +321,7 @@ func (d *Device) adopt() {
 			continue
 		}
 		if lost := d.adoptOverlay(i.overlay.table); lost != nil {
+			lost = fmt.Errorf("some of what was written to it is lost: %w", lost)
 			d.breakImage(i, failed(lost.Error()), lost)
 		}
 	}
@@ -368,6 +369,7 @@ func (d *Device) adoptOverlay(t *table) (lost error) {
 // loseFound breaks the images that find blocks mask of c in layer n, where they
 // are no more.
 func (d *Device) loseFound(n int, c chunkNo, mask uint16, err error) {
+	err = fmt.Errorf("blocks that it needs are lost: %w", err)
 	var older uint16
 	for k := n; k >= 0 && mask&^older != 0; k-- {
 		if k < n {

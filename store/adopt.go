@@ -19,7 +19,10 @@ func (p *Pool) Adopt(s Slot, mask uint16) error {
 	defer p.mu.Unlock()
 	l := p.byNo[s.Part()].Load()
 	if l == nil {
-		return fmt.Errorf("adopt slot %v: there is no such part", s)
+		return fmt.Errorf("part %d of the snapstore is not there", s.Part())
+	}
+	if l.traits.Spec.Kind == Mem && l.traits.Held == 0 {
+		return fmt.Errorf("part %d of the snapstore was in memory, which ended with the process before", s.Part())
 	}
 	before := l.used
 	if err := l.adopt(s.index(), mask); err != nil {

@@ -134,7 +134,11 @@ func TestAdoptRefuses(t *testing.T) {
 	p.Close()
 	part := openFile(t, path, 0)
 	held := part.Traits().Held
-	p = openPool(t, part)
+	mem, err := OpenMem(1 << 20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p = openPool(t, part, mem)
 	if err := p.Adopt(s, 1); err != nil {
 		t.Fatal(err)
 	}
@@ -143,8 +147,9 @@ func TestAdoptRefuses(t *testing.T) {
 		slot Slot
 		want string
 	}{
-		{"no slot", NoSlot, "there is no such part"},
-		{"no part", makeSlot(2, 0), "there is no such part"},
+		{"no slot", NoSlot, "part 0 of the snapstore is not there"},
+		{"no part", makeSlot(3, 0), "part 3 of the snapstore is not there"},
+		{"memory", makeSlot(2, 0), "part 2 of the snapstore was in memory"},
 		{"twice", s, "it is in use already"},
 		{"beyond the end", makeSlot(1, held), "its part held only"},
 		{"far beyond the end", makeSlot(1, 1<<40-1), "its part held only"},

@@ -72,6 +72,38 @@ func TestStoresInAnotherOrder(t *testing.T) {
 	}
 }
 
+// Where what was preserved is not to be had any more, the images that need it say so,
+// and the others live on.
+func TestPartsThatAreGone(t *testing.T) {
+	needRoot(t)
+	dir := scratch(t)
+	for _, tc := range []struct{ name, before, after, want string }{
+		{"memory", "mem:8MiB", "mem:8MiB", "failed: blocks that it needs are lost: part 1 of the snapstore was in memory, which ended with the process before"},
+		{"a file", "file:" + dir + "/a:8MiB", "file:" + dir + "/b:8MiB", "failed: blocks that it needs are lost: part 1 of the snapstore is not there"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			d, origin := serveOrigin(t, miB, "--store", tc.before)
+			mkdir(t, d.snapshot("old"))
+			if err := d.open("vda").writeAt(make([]byte, 4*kiB), 0); err != nil {
+				t.Fatal(err)
+			}
+			d.blksnap("snapshot", "create", "--writable", "written")
+			if err := d.open("vda@written").writeAt(make([]byte, 4*kiB), 0); err != nil {
+				t.Fatal(err)
+			}
+			mkdir(t, d.snapshot("new"))
+			d.kill()
+			d.start(origin, "--store", tc.after)
+			written := strings.Replace(tc.want, "blocks that it needs are lost", "some of what was written to it is lost", 1)
+			for name, want := range map[string]string{"old": tc.want, "written": written, "new": "ok"} {
+				if got := read(t, d.snapshot(name, "vda.state")); got != want {
+					t.Errorf("state of %s\n got %s\nwant %s", name, got, want)
+				}
+			}
+		})
+	}
+}
+
 // Something else where a file of the daemon's was: a start goes on without what was
 // in it, or says why it cannot, and does not hang.
 func TestStateThatIsNoFile(t *testing.T) {
