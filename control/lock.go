@@ -12,6 +12,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -88,6 +90,13 @@ func (l *dirLock) write(text string) error {
 		return err
 	}
 	_, err := l.f.WriteAt([]byte(text), 0)
+	return err
+}
+
+// keep leaves the lock to the end of the process, by a descriptor that nothing else
+// closes.
+func (l *dirLock) keep() error {
+	_, err := unix.FcntlInt(l.f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
 	return err
 }
 

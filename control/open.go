@@ -175,14 +175,21 @@ func (s *service) unmake(path string) error {
 	return os.Remove(path)
 }
 
-// lock locks the run and the state directory.
+// lock locks the run and the state directory. Where something hangs at the end the
+// locks stay, too, until the process is gone: so that the next start waits for it,
+// instead of meeting an origin that is still locked.
 func (s *service) lock(ctx context.Context) error {
 	for _, dir := range slices.Compact([]string{s.set.run, s.set.state}) {
 		l, err := lockDir(ctx, dir, s.set.control, stopWait)
 		if err != nil {
 			return err
 		}
-		s.later(l.unlock)
+		s.later(func() error {
+			if s.hangs {
+				return l.keep()
+			}
+			return l.unlock()
+		})
 	}
 	return nil
 }

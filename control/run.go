@@ -145,8 +145,11 @@ func (d *Daemon) closeDevices() error {
 	return errors.Join(closed...)
 }
 
+// errHangs says that something was left to the end of the process.
+var errHangs = errors.New("it hangs, left to the end of the process")
+
 // within waits for f, but not longer than limit: what hangs in a disk then ends
-// with the process.
+// with the process, and the error is errHangs.
 func within(limit time.Duration, what string, f func() error) error {
 	done := make(chan error, 1)
 	go func() { done <- f() }()
@@ -154,7 +157,7 @@ func within(limit time.Duration, what string, f func() error) error {
 	case err := <-done:
 		return err
 	case <-time.After(limit):
-		return fmt.Errorf("%s: it hangs, left to the end of the process", what)
+		return fmt.Errorf("%s: %w", what, errHangs)
 	}
 }
 

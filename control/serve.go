@@ -85,6 +85,7 @@ type service struct {
 	apiOn  net.Listener
 	tree   *fusefs.Tree // nil for none
 	served bool
+	hangs  bool // something is left to the end of the process
 
 	// closers undo what was opened, the last first.
 	closers []func() error
@@ -100,6 +101,7 @@ func (s *service) close() error {
 	for _, f := range slices.Backward(s.closers) {
 		if err := f(); err != nil {
 			errs = append(errs, err)
+			s.hangs = s.hangs || errors.Is(err, errHangs)
 		}
 	}
 	return errors.Join(errs...)

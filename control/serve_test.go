@@ -286,6 +286,38 @@ func TestWithin(t *testing.T) {
 	}
 }
 
+// TestLockOfWhatHangs ends a daemon with and without something that hangs, and looks
+// whether another could start.
+func TestLockOfWhatHangs(t *testing.T) {
+	release := make(chan struct{})
+	defer close(release)
+	for _, tc := range []struct {
+		name  string
+		close func() error
+		want  string
+	}{
+		{"closes", func() error { return nil }, "<nil>"},
+		{"fails", func() error { return io.ErrClosedPipe }, "<nil>"},
+		{"hangs", func() error { <-release; return nil },
+			fmt.Sprintf("lock directory RUN: in use by another blksnap, process %d", os.Getpid())},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			dir := t.TempDir()
+			s := &service{set: settings{run: dir, state: dir, control: filepath.Join(dir, "control.sock")}}
+			if err := s.lock(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			s.later(func() error { return within(time.Millisecond, "close device vda", tc.close) })
+			s.close()
+			l, err := lockDir(t.Context(), dir, s.set.control, 0)
+			wantError(t, "lock afterwards", err, strings.ReplaceAll(tc.want, "RUN", dir))
+			if err == nil {
+				l.unlock()
+			}
+		})
+	}
+}
+
 // TestNotify plays the service manager.
 func TestNotify(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "notify")
