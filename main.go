@@ -29,6 +29,7 @@ type cli struct {
 		Show   deviceShowCmd   `cmd:"" help:"Show all about a device."`
 		Add    deviceAddCmd    `cmd:"" help:"Put an origin under tracking."`
 		Remove deviceRemoveCmd `cmd:"" help:"End a device's tracking; refused while it has snapshots or clients."`
+		Resize deviceResizeCmd `cmd:"" help:"Make a device as long as its origin has become."`
 	} `cmd:"" help:"Devices: origins under tracking."`
 	Snapshot struct {
 		Create  snapshotCreateCmd  `cmd:"" help:"Take a snapshot and print its name."`
@@ -116,6 +117,17 @@ type deviceRemoveCmd struct {
 
 func (c *deviceRemoveCmd) Run(ctx context.Context) error {
 	return c.client().RemoveDevice(ctx, c.Name)
+}
+
+type deviceResizeCmd struct {
+	remote
+	Name   string       `arg:"" help:"The device."`
+	Shrink control.Size `placeholder:"SIZE" help:"Cut the origin, a file, to SIZE before, after what snapshots need of the rest was preserved."`
+}
+
+func (c *deviceResizeCmd) Run(ctx context.Context, w io.Writer) error {
+	v, err := c.client().ResizeDevice(ctx, c.Name, int64(c.Shrink))
+	return show(v, err, control.Output{Writer: w}.Added)
 }
 
 type snapshotCreateCmd struct {

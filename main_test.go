@@ -93,7 +93,6 @@ func TestManualRenders(t *testing.T) {
 func TestNotYet(t *testing.T) {
 	for _, args := range [][]string{
 		{"snapshot", "rollback", "x"},
-		{"device", "resize", "x"},
 		{"state", "check"},
 	} {
 		if got, _, _ := status(t, blksnap(t, args...)); got != 2 {

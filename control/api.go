@@ -6,6 +6,7 @@
 //	POST   /devices                       DeviceRequest -> DeviceInfo
 //	GET    /devices/NAME                  DeviceInfo
 //	DELETE /devices/NAME
+//	POST   /devices/NAME/resize           ResizeRequest -> DeviceInfo
 //	GET    /devices/NAME/cbt              ChangesInfo
 //	GET    /devices/NAME/cbt/extents      Extent, one a line; since, at, generation
 //	POST   /devices/NAME/cbt/mark         MarkRequest
@@ -114,6 +115,12 @@ type DeviceRequest struct {
 	Name   string `json:"name"`
 	Origin string `json:"origin"`
 	DeviceConfig
+}
+
+// ResizeRequest asks for a device to become as long as its origin is.
+type ResizeRequest struct {
+	// Shrink cuts the origin, a file, to so many bytes before; 0: it stays as it is.
+	Shrink int64 `json:"shrink,omitempty"`
 }
 
 // PartRequest adds a part to the snapstore: mem[:LIMIT], file:PATH[:LIMIT] or

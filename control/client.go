@@ -78,6 +78,12 @@ func (c *Client) RemoveDevice(ctx context.Context, name string) error {
 	return c.call(ctx, "DELETE", "/devices/"+url.PathEscape(name), nil, nil)
 }
 
+// ResizeDevice makes a device as long as its origin is, which is cut to shrink bytes
+// before, if that is not 0.
+func (c *Client) ResizeDevice(ctx context.Context, name string, shrink int64) (v DeviceInfo, err error) {
+	return v, c.call(ctx, "POST", "/devices/"+url.PathEscape(name)+"/resize", ResizeRequest{shrink}, &v)
+}
+
 // Changes describes a device's change tracking.
 func (c *Client) Changes(ctx context.Context, device string) (v ChangesInfo, err error) {
 	return v, c.call(ctx, "GET", "/devices/"+url.PathEscape(device)+"/cbt", nil, &v)

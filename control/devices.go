@@ -147,6 +147,28 @@ func (d *Daemon) removeDevice(name string) error {
 	return nil
 }
 
+// resizeDevice makes a device as long as its origin is. Clients see that when they
+// connect again.
+func (d *Daemon) resizeDevice(name string, q ResizeRequest) (DeviceInfo, error) {
+	dev, err := d.device(name)
+	if err != nil {
+		return DeviceInfo{}, err
+	}
+	was := dev.Size()
+	if q.Shrink != 0 {
+		err = dev.Shrink(q.Shrink)
+	} else {
+		err = dev.Resize()
+	}
+	if err != nil {
+		return DeviceInfo{}, err
+	}
+	if now := dev.Size(); now != was {
+		d.record("device-resized", name, "", fmt.Sprintf("from %d to %d bytes", was, now))
+	}
+	return d.describeDevice(dev), nil
+}
+
 // takeOut takes a device that nobody uses out of the set. It still has to be
 // closed.
 func (d *Daemon) takeOut(name string) (*device, error) {

@@ -80,7 +80,7 @@ func (e exports) openDevice(name string) (intercept.Export, error) {
 	e.d.countClientLocked(dev)
 	return intercept.Export{
 		ExportInfo: deviceExport(dev),
-		Device:     exportedDevice{dev.Device, mapper{e.d, dev.Name(), dev.Changes, dev.Runs}},
+		Device:     exportedDevice{dev.Device, mapper{e.d, dev.Name(), dev.Changes, dev.Runs}, dev.Size()},
 		Release:    func() { e.d.dropClient(dev) },
 	}, nil
 }
@@ -112,17 +112,21 @@ func (e exports) openImage(device, snapshot string) (intercept.Export, error) {
 	}, nil
 }
 
-// exportedDevice and exportedImage add block status to what the engine serves.
+// exportedDevice and exportedImage add block status to what the engine serves. A
+// client goes on with the size that it was told, also where the device is resized.
 type (
 	exportedDevice struct {
 		*cow.Device
 		mapper
+		size int64
 	}
 	exportedImage struct {
 		*cow.Image
 		mapper
 	}
 )
+
+func (e exportedDevice) Size() int64 { return e.size }
 
 var (
 	_ intercept.Device    = exportedDevice{}

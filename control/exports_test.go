@@ -4,6 +4,7 @@ import (
 	"errors"
 	"flag"
 	"math/rand/v2"
+	"os"
 	"slices"
 	"syscall"
 	"testing"
@@ -96,6 +97,30 @@ func TestDeviceInUse(t *testing.T) {
 	wantError(t, "remove a device that nobody uses any more", d.removeDevice("vda"), "<nil>")
 	if _, err := (exports{d}).Open(t.Context(), "vda", "test"); !errors.Is(err, syscall.ENOENT) {
 		t.Errorf("open a removed device\n got %v\nwant %v", err, syscall.ENOENT)
+	}
+}
+
+// TestExportKeepsItsSize resizes a device that a client has open.
+func TestExportKeepsItsSize(t *testing.T) {
+	d := newTestDaemon(t, "vda")
+	before := open(t, d, "vda")
+	defer before.Release()
+	dev, err := d.device("vda")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(dev.Origin(), 2<<20); err != nil {
+		t.Fatal(err)
+	}
+	info, err := d.resizeDevice("vda", ResizeRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	after := open(t, d, "vda")
+	defer after.Release()
+	got, want := [3]int64{before.Device.Size(), after.Device.Size(), info.Size}, [3]int64{1 << 20, 2 << 20, 2 << 20}
+	if got != want {
+		t.Errorf("size of an export from before, of one from after, and of the device\n got %v\nwant %v", got, want)
 	}
 }
 

@@ -58,6 +58,9 @@ func handler(d *Daemon) http.Handler {
 	handle("GET /devices/{name}", func(r *http.Request) (any, error) { return d.deviceInfo(r.PathValue("name")) })
 	handle("POST /devices", body(func(q DeviceRequest) (DeviceInfo, error) { return d.addDevice(q, true) }))
 	handle("DELETE /devices/{name}", func(r *http.Request) (any, error) { return nil, d.removeDevice(r.PathValue("name")) })
+	handle("POST /devices/{name}/resize", func(r *http.Request) (any, error) {
+		return body(func(q ResizeRequest) (DeviceInfo, error) { return d.resizeDevice(r.PathValue("name"), q) })(r)
+	})
 	handle("GET /devices/{name}/cbt", func(r *http.Request) (any, error) { return d.changesInfo(r.PathValue("name")) })
 	handle("POST /devices/{name}/cbt/mark", func(r *http.Request) (any, error) {
 		return body(func(m MarkRequest) (any, error) { return nil, d.mark(r.PathValue("name"), m.Ranges) })(r)

@@ -161,6 +161,9 @@ func TestCommandsRefuse(t *testing.T) {
 		want   string
 	}{
 		{"snapshot create taken", 1, "taken"},
+		{"device resize nope", 1, "nope"},
+		{"device resize vda --shrink 8MiB", 1, "shrink vda"},
+		{"device resize vda --shrink 1000", 1, "shrink vda"},
 		{"snapshot create latest", 1, "latest"},
 		{"snapshot create .hidden", 1, ".hidden"},
 		{"snapshot create a/b", 1, "a/b"},
