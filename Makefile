@@ -23,6 +23,10 @@ TEST_NEEDS  := $(DEMO_NEEDS) gcc git mkfs.xfs mkfs.btrfs qemu-img nbdinfo nbdcop
                groff nbd-client qemu-system-x86_64 unxz python3 /usr/lib/python3/dist-packages/nbd.py shellcheck
 BENCH_NEEDS := $(DEMO_NEEDS) fio nbdkit nbdcopy qemu-nbd qemu-storage-daemon
 
+# How long make fuzz tries each target: a number of inputs, which take about ten
+# seconds. A duration does as well, but now and then Go calls its end a failure.
+FUZZ ?= 40000x
+
 # Prints each test with its time, all that a failing one says, and at the end
 # how many there were.
 SHOW_TESTS := awk '/^=== (RUN|PAUSE|CONT|NAME)/ {next} \
@@ -49,6 +53,9 @@ test: ## run every test (root)
 	@$(MAKE) --no-print-directory lint
 	@echo "go test -race, package by package"
 	@go test -race -count=1 -v $$(go list ./... | grep -v '^blksnap/test') 2>&1 | $(SHOW_TESTS)
+	@echo "go test, what the race detector hides"
+	@go test -count=1 -v -run NoAllocation ./intercept 2>&1 | $(SHOW_TESTS)
+	@$(MAKE) --no-print-directory fuzz
 	@echo "go test -race ./test/..., the whole program"
 	@go test -race -count=1 -v -timeout 20m ./test/... 2>&1 | $(SHOW_TESTS)
 	@test/demo.sh ./blksnap > /dev/null
@@ -61,6 +68,13 @@ lint: build ## check format and common mistakes
 	$(STATICCHECK) ./...
 	@if command -v shellcheck > /dev/null; then shellcheck .ci/run docs/*.sh test/*.sh test/vm/*.sh; \
 	 else echo "shellcheck is not installed: the scripts were not checked"; fi
+
+.PHONY: fuzz
+fuzz: ## say random things to the NBD server (FUZZ=5m)
+	@for target in FuzzHandshake FuzzTransmission; do \
+		echo "go test -fuzz $$target -fuzztime $(FUZZ)"; \
+		go test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZ) -fuzzminimizetime 20x ./intercept; \
+	done
 
 .PHONY: bench
 bench: ## measure side by side with nbdkit and QEMU (root; BENCH='-rows ... -runs 5')
