@@ -256,6 +256,9 @@ func serve(t testing.TB, s *Server, l net.Listener, run func(context.Context, ne
 		if got, want := s.budget.free, newBudget(s.opts.MemoryBudget, s.opts.MaxConns).free; got != want {
 			t.Errorf("free budget after the server has ended\n got %d\nwant %d", got, want)
 		}
+		if got := s.spares.Load(); got != totalSpares {
+			t.Errorf("spare workers after the server has ended\n got %d\nwant %d", got, totalSpares)
+		}
 		if shelf, ok := s.opts.Exports.(*shelf); ok {
 			for name, n := range shelf.open {
 				if n != 0 {

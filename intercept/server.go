@@ -44,8 +44,9 @@ type Options struct {
 type Server struct {
 	opts     Options
 	budget   *budget
-	stopping atomic.Bool // Shutdown was called
-	looking  atomic.Bool // a connection's receiver looks for its next request
+	spares   atomic.Int64 // workers that the connections' pools may still start beyond their own
+	stopping atomic.Bool  // Shutdown was called
+	looking  atomic.Bool  // a connection's receiver looks for its next request
 
 	// ctx ends when connections are cut off.
 	ctx    context.Context
@@ -78,6 +79,7 @@ func NewServer(o Options) *Server {
 		listeners: map[net.Listener]struct{}{},
 		conns:     map[*connection]struct{}{},
 	}
+	s.spares.Store(totalSpares)
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	return s
 }

@@ -307,6 +307,31 @@ func TestFastBesideSlow(t *testing.T) {
 	<-x.done
 }
 
+// TestManySlow has as many requests hang on one connection as its client may
+// have in flight: all of them are in the device, and one that does not hang is
+// answered.
+func TestManySlow(t *testing.T) {
+	for _, n := range []int{64, 128} { // libnbd's tools, Linux
+		dev, entered, release := gated("write")
+		c := connect(t, serveDevice(t, dev), structured, "disk")
+		var stuck []*exchange
+		for range n {
+			stuck = append(stuck, c.start(request{typ: NBD_CMD_WRITE, n: 4096}, make([]byte, 4096)))
+		}
+		for range n {
+			<-entered
+		}
+		c.want(request{typ: NBD_CMD_READ, n: 4096}, nil, 0)
+		c.want(request{typ: NBD_CMD_FLUSH}, nil, 0)
+		close(release)
+		for _, x := range stuck {
+			if <-x.done; x.err != nil || x.errno != 0 {
+				t.Fatalf("request that hung for a while: %d, %v", x.errno, x.err)
+			}
+		}
+	}
+}
+
 func TestMaxConns(t *testing.T) {
 	_, addr := startServer(t, Options{Exports: newShelf(map[string]Device{"disk": newMemory(4096)}), MaxConns: 2})
 	a := connect(t, addr, simple, "disk")

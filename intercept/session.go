@@ -55,7 +55,7 @@ func newSession(s *Server, h *handshake, l *lease, log *slog.Logger) *session {
 		server: s, conn: h.conn, log: log, lease: l,
 		dev: dev, size: uint64(dev.Size()), readOnly: dev.ReadOnly(),
 		style: h.style, flags: h.commandFlags(), contexts: h.contexts,
-		pool: newPool(), sender: newSender(h.conn, s.opts.IdleTimeout), receiver: newReceiver(h.conn, &s.looking),
+		pool: newPool(&s.spares), sender: newSender(h.conn, s.opts.IdleTimeout), receiver: newReceiver(h.conn, &s.looking),
 		trace:   log.Enabled(s.ctx, slog.LevelDebug),
 		input:   make([]byte, inputSize),
 		batches: make(chan *buffer, 2),
