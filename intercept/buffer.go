@@ -4,7 +4,9 @@ package intercept
 
 import (
 	"math/bits"
+	"runtime"
 	"sync"
+	"sync/atomic"
 )
 
 const (
@@ -22,6 +24,10 @@ const (
 
 	minClass = 12 // 4 KiB
 	maxClass = 25 // 32 MiB, maxPayload
+
+	// freshSize is how many bytes of buffers are made until the garbage
+	// collector is told.
+	freshSize = 16 << 20
 )
 
 // buffer holds the payload of a request and then the reply to it.
@@ -40,6 +46,31 @@ type buffer struct {
 
 var bufferPools [maxClass + 1]sync.Pool
 
+// fresh counts the bytes of buffers that no pool had.
+type fresh struct {
+	bytes      atomic.Int64
+	collecting sync.Mutex
+}
+
+var freshBytes fresh
+
+// made says that n bytes are made. Requests of one size after those of another
+// leave memory in a pool that nobody asks any more, and to the garbage collector
+// that is in use: by itself it would let the process grow to twice as much, and
+// once more, before the pool is empty. Who makes buffers waits for it to look; who
+// finds what he needs in a pool never comes here.
+func (f *fresh) made(n int64) {
+	if f.bytes.Add(n) < freshSize {
+		return
+	}
+	f.collecting.Lock()
+	defer f.collecting.Unlock()
+	if f.bytes.Load() >= freshSize { // nobody has meanwhile
+		runtime.GC()
+		f.bytes.Store(0)
+	}
+}
+
 // sizeClass is what a buffer for n bytes really takes: the next power of two,
 // 4 KiB at least.
 func sizeClass(n int64) (class int, size int64) {
@@ -53,6 +84,7 @@ func newBuffer(a *account, n int64) *buffer {
 	class, size := sizeClass(n)
 	b, _ := bufferPools[class].Get().(*buffer)
 	if b == nil {
+		freshBytes.made(size)
 		head := int64(headroom)
 		if size >= apartSize {
 			head = pageSize

@@ -23,6 +23,7 @@ import (
 // again over the same directories.
 type daemon struct {
 	t    *testing.T
+	path string              // of the program
 	dir  string              // holds everything below, and what the test puts there
 	user *syscall.Credential // nil: the user who runs the tests
 
@@ -43,7 +44,7 @@ func newDaemon(t *testing.T, user *syscall.Credential) *daemon {
 	t.Helper()
 	dir := scratch(t)
 	d := &daemon{
-		t: t, dir: dir, user: user,
+		t: t, path: blksnapPath, dir: dir, user: user,
 		mount:  filepath.Join(dir, "mnt"),
 		runDir: filepath.Join(dir, "run"),
 		state:  filepath.Join(dir, "state"),
@@ -118,7 +119,7 @@ func (d *daemon) startPlain(args ...string) {
 
 // command is blksnap with args, as the daemon's user.
 func (d *daemon) command(args ...string) *exec.Cmd {
-	cmd := exec.Command(blksnapPath, args...)
+	cmd := exec.Command(d.path, args...)
 	cmd.Dir, cmd.Env = d.dir, d.env
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: d.user}
 	return cmd

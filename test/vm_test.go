@@ -4,7 +4,6 @@ package test
 
 import (
 	"os/exec"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -20,9 +19,7 @@ func TestKernelClient(t *testing.T) {
 	built := "vm/build" // kept from one run to the next
 	run(t, "vm/build.sh", built)
 
-	// Another machine's libraries are not in the guest.
-	static := filepath.Join(scratch(t), "blksnap")
-	sh(t, `CGO_ENABLED=0 go build -o "$1" blksnap`, static)
+	static := production(t) // another machine's libraries are not in the guest
 
 	// Emulated on a busy host, a guest may take very long; once is no fault.
 	const limit, tooLong = 90 * time.Second, 124
