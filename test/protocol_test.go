@@ -143,6 +143,36 @@ func TestGarbage(t *testing.T) {
 	}
 }
 
+// A snapshot with a client is destroyed only by force; the client is then told,
+// and the others do not notice.
+func TestDestroyedUnderAClient(t *testing.T) {
+	needRoot(t)
+	d, _ := serveOrigin(t, 4*miB)
+	mkdir(t, d.snapshot("s1"))
+	c, bystander := d.open("vda@s1"), d.open("vda")
+	p := make([]byte, SectorSize)
+	if err := c.readAt(p, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Rmdir(d.snapshot("s1")); err != syscall.EBUSY {
+		t.Errorf("rmdir of a snapshot with a client: %v, want EBUSY", err)
+	}
+	d.blksnap("snapshot", "destroy", "--force", "s1")
+	if err := c.readAt(p, 0); !errors.Is(err, syscall.ESHUTDOWN) {
+		t.Errorf("read of a destroyed image: %v, want ESHUTDOWN", err)
+	}
+	if err := c.flush(); !errors.Is(err, syscall.ESHUTDOWN) {
+		t.Errorf("flush of a destroyed image: %v, want ESHUTDOWN", err)
+	}
+	again := &nbdConn{Conn: dial(t, d.socket())}
+	if err := again.handshake("vda@s1"); err == nil {
+		t.Error("a destroyed image could be opened")
+	}
+	if err := bystander.readAt(p, 0); err != nil {
+		t.Errorf("the live device: %v", err)
+	}
+}
+
 // sendGarbage sends random bytes, and checks that the server then ends the
 // connection, whatever it answers first.
 func sendGarbage(t *testing.T, conn net.Conn, rng *rand.ChaCha8) {
