@@ -3,6 +3,7 @@
 package test
 
 import (
+	"bytes"
 	"fmt"
 	"maps"
 	"math/rand/v2"
@@ -333,9 +334,13 @@ func checkImage(t *testing.T, d *daemon, snapshot string, want []uint64) {
 			t.Fatalf("read export vda@%s at %d: %v", snapshot, off, err)
 		}
 	}
-	for i, pass := range want {
-		off := int64(i) * SectorSize
-		for how, content := range map[string][]byte{"file": file, "export": export} {
+	read := map[string][]byte{"file": file}
+	if !bytes.Equal(export, file) { // then one of them is wrong, or both
+		read["export"] = export
+	}
+	for how, content := range read {
+		for i, pass := range want {
+			off := int64(i) * SectorSize
 			if err := Verify(content[off:off+SectorSize], "vda", off, pass, pass); err != nil {
 				t.Fatalf("snapshot %s as a %s: %v", snapshot, how, err)
 			}
