@@ -3,6 +3,7 @@
 package test
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -26,6 +27,9 @@ func TestWritableImages(t *testing.T) {
 	needRoot(t)
 	for _, fs := range fileSystems {
 		for _, way := range []string{"in the tree", "over NBD"} {
+			if fs.name == "btrfs" && way == "over NBD" {
+				continue // ext4 and xfs have shown that
+			}
 			t.Run(fs.name+" "+way, func(t *testing.T) {
 				need(t, fs.make[0], fs.check[0], "fstrim")
 				testWritableImage(t, fs, way == "over NBD")
@@ -158,7 +162,9 @@ func wantIncrements(t *testing.T, d *daemon) {
 	sh(t, `cp "$1.img" "$2"; cat "$1.cbt/number" > "$2.number"`, d.snapshot("older", "vda"), backup)
 	for _, snapshot := range []string{"w", "next"} {
 		sh(t, incrementScript(t), d.snapshot(snapshot, "vda"), backup)
-		sh(t, `cmp "$1.img" "$2"`, d.snapshot(snapshot, "vda"), backup)
+		if checksum(t, backup) != checksum(t, d.snapshot(snapshot, "vda.img")) {
+			t.Errorf("the copy brought up to %s is not the snapshot", snapshot)
+		}
 	}
 }
 
@@ -220,7 +226,8 @@ func (c *churn) run(f *os.File, size int64, quit <-chan struct{}) error {
 	}
 }
 
-// checksum is that of a file's content.
+// checksum is that of a file's blocks that are not all zeroes, of where they are, and
+// of its size. Holes are not read: an image is mostly that.
 func checksum(t *testing.T, path string) string {
 	t.Helper()
 	f, err := os.Open(path)
@@ -229,8 +236,26 @@ func checksum(t *testing.T, path string) string {
 	}
 	defer f.Close()
 	h := sha256.New()
-	if _, err := io.Copy(h, f); err != nil {
-		t.Fatal(err)
+	p, zeroes := make([]byte, miB), make([]byte, 4*kiB)
+	size := fileSize(t, path)
+	fmt.Fprintln(h, size)
+	for off := int64(0); off < size; {
+		if off, err = f.Seek(off, unix.SEEK_DATA); errors.Is(err, syscall.ENXIO) {
+			break
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		n, err := f.ReadAt(p, off)
+		if err != nil && err != io.EOF {
+			t.Fatal(err)
+		}
+		off += int64(n)
+		for k := 0; k < n; k += len(zeroes) {
+			if b := p[k:min(k+len(zeroes), n)]; !bytes.Equal(b, zeroes[:len(b)]) {
+				fmt.Fprintln(h, off-int64(n-k))
+				h.Write(b)
+			}
+		}
 	}
 	return fmt.Sprintf("%x", h.Sum(nil))
 }
