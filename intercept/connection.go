@@ -18,6 +18,7 @@ import (
 type connection struct {
 	server *Server
 	conn   net.Conn      // the socket, also where TLS runs over it
+	number uint64        // of connections, in the order of their acceptance
 	done   chan struct{} // closed when the connection has ended
 
 	// Protected by server.mu. The last two are set when the session begins.
@@ -30,13 +31,19 @@ type connection struct {
 	dropped []string
 }
 
-// start serves conn on a goroutine of its own, or closes it if there are too
-// many.
+// start serves conn on a goroutine of its own. If there are too many connections it
+// takes the place of the one that has been in its handshake for longest, so that
+// silent strangers cannot keep out who has something to say; if none is, it is
+// closed.
 func (s *Server) start(conn net.Conn, mustTLS bool) {
 	c := &connection{server: s, conn: conn, client: describePeer(conn), done: make(chan struct{})}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if full := len(s.conns) >= s.opts.MaxConns; full || s.stopping.Load() {
+	full := len(s.conns) >= s.opts.MaxConns
+	if full {
+		full = !s.evictLocked()
+	}
+	if full || s.stopping.Load() {
 		conn.Close()
 		if full && !s.full { // once, not for each of a flood
 			s.opts.Log.Warn("too many connections: refusing more", "open", len(s.conns), "client", c.client)
@@ -45,8 +52,27 @@ func (s *Server) start(conn net.Conn, mustTLS bool) {
 		return
 	}
 	s.full = false
+	s.accepted++
+	c.number = s.accepted
 	s.conns[c] = struct{}{}
 	go c.serve(mustTLS)
+}
+
+// evictLocked cuts off the connection that has been in its handshake for longest,
+// and returns false if none is.
+func (s *Server) evictLocked() bool {
+	var oldest *connection
+	for c := range s.conns {
+		if c.lease == nil && (oldest == nil || c.number < oldest.number) {
+			oldest = c
+		}
+	}
+	if oldest == nil {
+		return false
+	}
+	oldest.conn.Close()
+	delete(s.conns, oldest)
+	return true
 }
 
 // serve runs both phases.
@@ -64,6 +90,9 @@ func (c *connection) serve(mustTLS bool) {
 	defer cancel()
 	deadline, _ := ctx.Deadline()
 	c.conn.SetDeadline(deadline)
+	if s.stopping.Load() {
+		return // Shutdown's deadline may have come before ours
+	}
 	h := &handshake{server: s, conn: c.conn, out: bufio.NewWriter(c.conn), client: c.client, connection: c, mustTLS: mustTLS}
 	if err := h.run(ctx); err != nil {
 		level := slog.LevelInfo

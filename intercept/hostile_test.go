@@ -158,6 +158,9 @@ func TestSlowReader(t *testing.T) {
 		"large reads": (&client{}).appendRequest(nil, request{typ: NBD_CMD_READ, n: 1 << 20}),
 		"small reads": (&client{}).appendRequest(nil, request{typ: NBD_CMD_READ, n: 4096}),
 		"refused":     (&client{}).appendRequest(nil, request{typ: 99}),
+		"flushes":     (&client{}).appendRequest(nil, request{typ: NBD_CMD_FLUSH}),
+		"trims":       (&client{}).appendRequest(nil, request{typ: NBD_CMD_TRIM, n: 4096}),
+		"fua writes":  append((&client{}).appendRequest(nil, request{typ: NBD_CMD_WRITE, flags: NBD_CMD_FLAG_FUA, n: 512}), make([]byte, 512)...),
 		"writes":      append((&client{}).appendRequest(nil, request{typ: NBD_CMD_WRITE, n: 40 << 10}), make([]byte, 40<<10)...),
 	}
 	for name, one := range requests {
@@ -176,16 +179,18 @@ func TestSlowReader(t *testing.T) {
 	}
 }
 
-// flood sends a request again and again until the server takes no more.
+// flood sends a request again and again until the server takes no more, or has
+// taken far too much.
 func flood(t *testing.T, c *client, one []byte) error {
 	t.Helper()
 	many := bytes.Repeat(one, max(1, (64<<10)/len(one)))
-	for {
+	for sent := 0; sent < 256<<20; sent += len(many) {
 		c.conn.SetWriteDeadline(time.Now().Add(50 * time.Millisecond))
 		if _, err := c.conn.Write(many); err != nil {
 			return err
 		}
 	}
+	return errors.New("the server takes requests without end")
 }
 
 // silent returns a client in the transmission phase that reads nothing by

@@ -33,26 +33,59 @@ func (j *job) run() {
 
 // serve calls the Device and waits for it.
 func (j *job) serve() error {
-	dev, fua := j.s.dev, j.q.flags&NBD_CMD_FLAG_FUA != 0
+	dev := j.s.dev
 	switch j.q.typ {
 	case NBD_CMD_READ:
 		return dev.Read(j.buf.data(j.n), j.off)
 	case NBD_CMD_WRITE:
-		return dev.Write(j.buf.data(j.n), j.off, fua)
+		return dev.Write(j.buf.data(j.n), j.off, j.q.flags&NBD_CMD_FLAG_FUA != 0)
 	case NBD_CMD_FLUSH:
 		return dev.Flush()
 	case NBD_CMD_TRIM:
-		return dev.Trim(j.off, j.n, fua)
+		return j.steps(dev.Trim)
 	case NBD_CMD_CACHE:
-		return dev.Cache(j.off, j.n)
+		return dev.Cache(j.off, min(j.n, maxCache))
 	case NBD_CMD_BLOCK_STATUS:
 		return j.status()
 	}
-	return dev.WriteZeroes(j.off, j.n, ZeroFlags{
-		FUA:    fua,
-		NoHole: j.q.flags&NBD_CMD_FLAG_NO_HOLE != 0,
-		Fast:   j.q.flags&NBD_CMD_FLAG_FAST_ZERO != 0,
+	return j.steps(func(off, n int64, fua bool) error {
+		return dev.WriteZeroes(off, n, ZeroFlags{
+			FUA:    fua,
+			NoHole: j.q.flags&NBD_CMD_FLAG_NO_HOLE != 0,
+			Fast:   j.q.flags&NBD_CMD_FLAG_FAST_ZERO != 0,
+		})
 	})
+}
+
+const (
+	// maxStep is how much of a request without payload goes to the Device at a
+	// time, in bytes: such a request can be of a whole disk, and take hours that
+	// nobody waits for any more.
+	maxStep = 1 << 30
+
+	// maxCache is how much is read ahead for one request, which is only a hint.
+	maxCache = maxPayload
+)
+
+// steps calls do for the parts of the request, in order, until one fails or nobody
+// waits for the rest.
+func (j *job) steps(do func(off, n int64, fua bool) error) error {
+	fua := j.q.flags&NBD_CMD_FLAG_FUA != 0
+	if j.n <= maxStep {
+		return do(j.off, j.n, fua)
+	}
+	for off, end := j.off, j.off+j.n; off < end; off += maxStep {
+		if j.s.gone.Load() || j.s.lease.isClosed() {
+			return errGone
+		}
+		if err := do(off, min(end-off, maxStep), false); err != nil {
+			return err
+		}
+	}
+	if fua {
+		return j.s.dev.Flush()
+	}
+	return nil
 }
 
 // caller says whose goroutine it is: the reader's answers go into its batch, so

@@ -4,9 +4,9 @@
 // nothing to do for 10 to 20 us. To sleep that long costs more than it saves: an
 // idle processor, above all a virtual one, takes as long to wake as the request
 // takes to serve. So for a client that is prompt we keep looking for a while.
-// It is prompt if we had to wait for each of its last requests and none of them
-// was late, so at a greater depth, where we seldom wait, nobody looks: there
-// to sleep lets requests come together, and their replies leave together.
+// It counts as prompt if we had to wait for each of its last requests, until one
+// is late. At a greater depth, where we seldom have to wait, nobody looks: to sleep
+// lets requests come together, and their replies leave together.
 
 package intercept
 
@@ -35,7 +35,7 @@ type receiver struct {
 	// looking is the server's: one at a time looks, and others have the rest of
 	// the processors.
 	looking *atomic.Bool
-	waits   int  // requests in a row that we waited for and that were not late
+	waits   int  // requests in a row that we had to wait for; 0 after one was late
 	next    bool // the next request is read, not the rest of one
 
 	// What tryRead is called with, and what came of it.
@@ -48,7 +48,7 @@ type receiver struct {
 
 func newReceiver(conn net.Conn, looking *atomic.Bool) *receiver {
 	r := &receiver{conn: conn, looking: looking}
-	if c, ok := conn.(syscall.Conn); ok && runtime.NumCPU() > 1 {
+	if c, ok := conn.(syscall.Conn); ok && runtime.GOMAXPROCS(0) > 1 {
 		r.raw, _ = c.SyscallConn()
 	}
 	r.try = r.tryRead

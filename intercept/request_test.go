@@ -4,8 +4,10 @@ import (
 	"bytes"
 	"errors"
 	"math"
+	"sync"
 	"syscall"
 	"testing"
+	"time"
 )
 
 // styles are tried by every test of the transmission phase.
@@ -139,25 +141,94 @@ func TestPayloadFlag(t *testing.T) {
 	c.want(request{typ: NBD_CMD_READ, n: 512}, nil, 0)
 }
 
-// TestLongEffect checks requests for more than 32 bits of length.
+// TestLongEffect checks requests for more than 32 bits of length, which reach the
+// device in steps, and end when nobody waits for them.
 func TestLongEffect(t *testing.T) {
-	calls := make(chan int64, 1)
-	big := &sized{newMemory(0), 1 << 40}
-	big.before = func(_ string, _, n int64) error { calls <- n; return syscall.EIO }
-	c := connect(t, serveDevice(t, big), extended, "disk")
-	for _, typ := range []uint16{NBD_CMD_TRIM, NBD_CMD_WRITE_ZEROES, NBD_CMD_CACHE} {
-		c.want(request{typ: typ, off: 4096, n: 1<<40 - 4096}, nil, NBD_EIO)
-		if got, want := <-calls, int64(1<<40-4096); got != want {
-			t.Errorf("length of request type %d in the device\n got %d\nwant %d", typ, got, want)
+	const size = 1 << 40
+	var mu sync.Mutex
+	var fail error
+	calls, bytes := 0, int64(0)
+	big := &sized{newMemory(0), size, true}
+	big.before = func(op string, _, n int64) error {
+		mu.Lock()
+		defer mu.Unlock()
+		if op != "flush" {
+			calls, bytes = calls+1, bytes+n
 		}
-		c.want(request{typ: typ, off: 4096, n: 1 << 63}, nil, map[bool]uint32{false: NBD_EINVAL, true: NBD_ENOSPC}[typ == NBD_CMD_WRITE_ZEROES])
+		return fail
+	}
+	c := connect(t, serveDevice(t, big), extended, "disk")
+	for _, tc := range []struct {
+		typ, flags uint16
+		err        error
+		calls      int
+		bytes      int64
+	}{
+		{typ: NBD_CMD_TRIM, flags: NBD_CMD_FLAG_FUA, calls: 1024, bytes: size - 4096},
+		{typ: NBD_CMD_WRITE_ZEROES, calls: 1024, bytes: size - 4096},
+		{typ: NBD_CMD_CACHE, calls: 1, bytes: maxCache},
+		{typ: NBD_CMD_TRIM, err: syscall.EIO, calls: 1, bytes: maxStep},
+		{typ: NBD_CMD_WRITE_ZEROES, err: syscall.EIO, calls: 1, bytes: maxStep},
+	} {
+		mu.Lock()
+		fail, calls, bytes = tc.err, 0, 0
+		mu.Unlock()
+		flushes, errno := big.flushes.Load(), uint32(0)
+		if tc.err != nil {
+			errno = NBD_EIO
+		}
+		c.want(request{typ: tc.typ, flags: tc.flags, off: 4096, n: size - 4096}, nil, errno)
+		if calls != tc.calls || bytes != tc.bytes {
+			t.Errorf("request %+v in the device\n got %d calls, %d bytes\nwant %d calls, %d bytes", tc, calls, bytes, tc.calls, tc.bytes)
+		}
+		if got, want := big.flushes.Load()-flushes, int64(0); tc.flags != 0 && got == want {
+			t.Errorf("request %+v is not durable", tc)
+		}
+		c.want(request{typ: tc.typ, off: 4096, n: 1 << 63}, nil, map[bool]uint32{false: NBD_EINVAL, true: NBD_ENOSPC}[tc.typ == NBD_CMD_WRITE_ZEROES])
 	}
 }
 
-// sized is a memory that claims another size.
+// TestLongEffectUnwanted ends a long request when its client is gone.
+func TestLongEffectUnwanted(t *testing.T) {
+	const steps = 1 << 12
+	entered := make(chan struct{}, steps)
+	big := &sized{newMemory(0), steps * maxStep, true}
+	big.before = func(string, int64, int64) error {
+		entered <- struct{}{}
+		time.Sleep(time.Millisecond) // as long as it takes
+		return nil
+	}
+	s, addr := startServer(t, Options{Exports: newShelf(map[string]Device{"disk": big})})
+	c := connect(t, addr, extended, "disk")
+	c.start(request{typ: NBD_CMD_TRIM, n: steps * maxStep}, nil)
+	<-entered
+	c.conn.Close()
+	if err := s.Shutdown(soon(t)); err != nil {
+		t.Error(err)
+	}
+	if n := len(entered) + 1; n == steps {
+		t.Error("the device did all that the client had asked for")
+	}
+}
+
 type sized struct {
 	*memory
-	size int64
+	size    int64
+	lengths bool // Trim and WriteZeroes do nothing but count
+}
+
+func (s *sized) Trim(off, n int64, fua bool) error {
+	if !s.lengths {
+		return s.memory.Trim(off, n, fua)
+	}
+	return s.enter("trim", off, n)
+}
+
+func (s *sized) WriteZeroes(off, n int64, f ZeroFlags) error {
+	if !s.lengths {
+		return s.memory.WriteZeroes(off, n, f)
+	}
+	return s.enter("zero", off, n)
 }
 
 func (s *sized) Size() int64 { return s.size }

@@ -14,17 +14,27 @@ import (
 	"time"
 )
 
+// maxSmall is how many bytes of replies without data may wait before the reader
+// takes no more requests that would be answered by a worker. Workers never wait for
+// it: what they have in hand comes on top.
+const maxSmall = 64 << 10
+
+// stretch is how many bytes a client must take within the sender's timeout.
+const stretch = 64 << 10
+
 // sender owns the writing side of a connection. Its methods may be called from
 // any goroutine.
 type sender struct {
 	conn    net.Conn
 	apart   bool          // large data is written alone
-	timeout time.Duration // for one write; 0: none
+	timeout time.Duration // for a stretch; 0: none
+	last    atomic.Bool   // lastWords was called: the limit is for all
 	dead    atomic.Bool   // a write has failed: nobody gets replies any more
 
 	// mu protects the fields below. Never held across I/O.
 	mu    sync.Mutex
 	idle  sync.Cond // busy became false
+	ebbed sync.Cond // small became shorter
 	busy  bool      // somebody writes
 	queue []*buffer // to be sent, in this order
 	small []byte    // replies without data, sent after the queue
@@ -39,7 +49,7 @@ type sender struct {
 func newSender(conn net.Conn, timeout time.Duration) *sender {
 	w := &sender{conn: conn, timeout: timeout}
 	_, w.apart = conn.(*net.UnixConn)
-	w.idle.L = &w.mu
+	w.idle.L, w.ebbed.L = &w.mu, &w.mu
 	return w
 }
 
@@ -60,6 +70,22 @@ func (w *sender) sendSmall(p []byte) {
 	w.writeLocked()
 }
 
+// flooded says that more than maxSmall bytes of small replies wait.
+func (w *sender) flooded() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return len(w.small) > maxSmall
+}
+
+// waitForEbb returns when flooded would return false.
+func (w *sender) waitForEbb() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for len(w.small) > maxSmall {
+		w.ebbed.Wait()
+	}
+}
+
 // writeLocked makes the caller the writer if there is none, and unlocks.
 func (w *sender) writeLocked() {
 	if w.busy {
@@ -76,6 +102,7 @@ func (w *sender) drainLocked() {
 	for len(w.queue) > 0 || len(w.small) > 0 {
 		queue, small := w.queue, w.small
 		w.queue, w.small = w.sentQueue[:0], w.sentSmall[:0]
+		w.ebbed.Broadcast()
 		w.mu.Unlock()
 
 		if !w.dead.Load() {
@@ -103,13 +130,12 @@ func (w *sender) write(queue []*buffer, small []byte) {
 		parts = append(parts, small)
 	}
 	w.parts = parts
-	w.limit()
 
 	var err error
 	for rest := parts; len(rest) > 0 && err == nil; {
 		n := w.together(rest)
 		if n == 1 {
-			_, err = w.conn.Write(rest[0])
+			err = w.put(rest[0])
 		} else {
 			w.vec = rest[:n] // WriteTo moves the slice that it is given
 			_, err = w.vec.WriteTo(w.conn)
@@ -125,6 +151,9 @@ func (w *sender) write(queue []*buffer, small []byte) {
 // stream of pages, so after a header no byte of the data would keep its place in
 // the page, and both copies, in and out, would be slower.
 func (w *sender) together(parts [][]byte) int {
+	if w.timeout > 0 {
+		return 1
+	}
 	if !w.apart {
 		return len(parts)
 	}
@@ -134,6 +163,23 @@ func (w *sender) together(parts [][]byte) int {
 		}
 	}
 	return len(parts)
+}
+
+// put writes p, in stretches where each has a time limit of its own: a client that
+// takes its replies slowly does take them.
+func (w *sender) put(p []byte) error {
+	for len(p) > 0 {
+		n := len(p)
+		if w.timeout > 0 && !w.last.Load() {
+			n = min(n, stretch)
+			w.conn.SetWriteDeadline(time.Now().Add(w.timeout))
+		}
+		if _, err := w.conn.Write(p[:n]); err != nil {
+			return err
+		}
+		p = p[n:]
+	}
+	return nil
 }
 
 // check closes the connection if a write has failed, so that the reader
@@ -161,8 +207,7 @@ func (w *sender) writeNow(p []byte) bool {
 	if w.dead.Load() {
 		return false
 	}
-	w.limit()
-	_, err := w.conn.Write(p)
+	err := w.put(p)
 	w.check(err)
 	return err == nil
 }
@@ -174,11 +219,10 @@ func (w *sender) quiet() bool {
 	return !w.busy
 }
 
-// limit sets the time that the next write may take.
-func (w *sender) limit() {
-	if w.timeout > 0 {
-		w.conn.SetWriteDeadline(time.Now().Add(w.timeout))
-	}
+// lastWords gives the client d to take all the replies that are left.
+func (w *sender) lastWords(d time.Duration) {
+	w.last.Store(true)
+	w.conn.SetWriteDeadline(time.Now().Add(d))
 }
 
 // done ends what exclusive began, and writes what others left meanwhile.

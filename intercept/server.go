@@ -27,15 +27,16 @@ type Options struct {
 	// flight; 0 means for ever, as a disk that nobody uses does.
 	IdleTimeout time.Duration
 
-	// MaxConns is how many connections may be open; further ones are closed
-	// at once. 0 means 256.
+	// MaxConns is how many connections may be open; a further one takes the
+	// place of the oldest handshake, or is closed at once. 0 means 256.
 	MaxConns int
 
 	// MemoryBudget is how many bytes the data of requests and replies may
 	// take, of all connections together; 0 means 128 MiB. It is at least 128
 	// KiB for each of MaxConns. Beyond it a connection takes 64 KiB to read
-	// requests and up to 256 KiB for short replies, and the kernel's buffer
-	// of a unix socket is 1 MiB where we may set it.
+	// requests and up to 512 KiB for short replies, buffers take up to a quarter
+	// more than they hold, and the kernel's buffer of a unix socket is 2 MiB where
+	// we may set it.
 	MemoryBudget int64
 }
 
@@ -56,7 +57,8 @@ type Server struct {
 	mu        sync.Mutex
 	listeners map[net.Listener]struct{}
 	conns     map[*connection]struct{}
-	full      bool // the last connection was refused
+	accepted  uint64 // connections so far
+	full      bool   // the last connection was refused
 }
 
 // NewServer returns a server that serves nobody until Serve is called.

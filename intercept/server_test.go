@@ -1,10 +1,12 @@
 package intercept
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"path/filepath"
 	"slices"
@@ -335,7 +337,8 @@ func TestManySlow(t *testing.T) {
 func TestMaxConns(t *testing.T) {
 	_, addr := startServer(t, Options{Exports: newShelf(map[string]Device{"disk": newMemory(4096)}), MaxConns: 2})
 	a := connect(t, addr, simple, "disk")
-	connect(t, addr, simple, "disk")
+	a.want(request{typ: NBD_CMD_READ, n: 4096}, nil, 0) // so that it is not in its handshake
+	connect(t, addr, simple, "disk").want(request{typ: NBD_CMD_READ, n: 4096}, nil, 0)
 	dialRaw(t, addr).wantEnd()
 	a.disconnect()
 	for { // until the server has noticed
@@ -343,6 +346,43 @@ func TestMaxConns(t *testing.T) {
 		if _, err := c.in.Peek(1); err == nil {
 			return
 		}
+	}
+}
+
+// TestSilentStrangers fills a server with connections that never end their handshake:
+// they do not keep out a client, nor cut off one that is served.
+func TestSilentStrangers(t *testing.T) {
+	_, addr := startServer(t, Options{Exports: newShelf(map[string]Device{"disk": newMemory(4096)}), MaxConns: 4})
+	served := connect(t, addr, simple, "disk")
+	served.want(request{typ: NBD_CMD_READ, n: 4096}, nil, 0)
+	var strangers []*client
+	for range 20 {
+		strangers = append(strangers, dialRaw(t, addr))
+	}
+	connect(t, addr, simple, "disk").want(request{typ: NBD_CMD_READ, n: 4096}, nil, 0)
+	served.want(request{typ: NBD_CMD_READ, n: 4096}, nil, 0)
+	strangers[0].wantSilentEnd()
+}
+
+// TestSlowTaker checks that a client which takes its replies slowly, but does, is not
+// held to be idle.
+func TestSlowTaker(t *testing.T) {
+	const size = 8 << 20
+	dev := newMemory(size)
+	rand.NewChaCha8([32]byte{}).Read(dev.data)
+	_, addr := startServer(t, Options{Exports: newShelf(map[string]Device{"disk": dev}), IdleTimeout: 500 * time.Millisecond})
+	c := dial(t, addr)
+	c.wantFinal(NBD_OPT_GO, infoData("disk"), NBD_REP_ACK)
+	c.write(c.appendRequest(nil, request{typ: NBD_CMD_READ, n: size}))
+	c.conn.SetReadDeadline(time.Now().Add(time.Minute))
+	c.in = bufio.NewReaderSize(c.conn, 16)
+	p := make([]byte, 64<<10)
+	for n := 0; n < simpleReplySize+size; {
+		m, err := c.in.Read(p)
+		if n += m; err != nil {
+			t.Fatalf("after %d bytes: %v", n, err)
+		}
+		time.Sleep(time.Duration(m) * time.Second / (4 << 20)) // 4 MiB a second
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"sync/atomic"
 	"time"
 )
 
@@ -45,7 +46,8 @@ type session struct {
 	pending []byte // of batch, to be sent
 	batches chan *buffer
 
-	trace bool // log each request, as was asked for when the session began
+	gone  atomic.Bool // the client is, or the server stops: nobody wants the rest of long requests
+	trace bool        // log each request, as was asked for when the session began
 }
 
 // newSession returns the session of what h has negotiated.
@@ -75,7 +77,10 @@ func newSession(s *Server, h *handshake, l *lease, log *slog.Logger) *session {
 // replies are written, or cannot be, when it returns.
 func (s *session) run() error {
 	err := s.loop()
-	s.conn.SetWriteDeadline(time.Now().Add(lastWords))
+	if err != nil {
+		s.gone.Store(true)
+	}
+	s.sender.lastWords(lastWords)
 	s.flush()
 	s.pool.close()
 	s.lease.close()
@@ -154,8 +159,13 @@ func (s *session) handle(q *request) error {
 	return nil
 }
 
-// dispatch hands j to a worker.
+// dispatch hands j to a worker, when the client has taken enough of the replies that
+// it is owed.
 func (s *session) dispatch(j *job) {
+	if s.sender.flooded() {
+		s.flush() // the replies so far must not wait with us
+		s.sender.waitForEbb()
+	}
 	if !s.pool.do(j) {
 		s.flush() // the replies so far must not wait with us
 		s.pool.doWait(j)

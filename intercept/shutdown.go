@@ -30,7 +30,8 @@ func (s *Server) Clients() []Client {
 
 // Disconnect cuts off the clients of an export and returns when their requests
 // have ended and the export is released, or with an error when ctx ends; no
-// new request of theirs begins in any case. Who wants none of them back makes
+// new request of theirs begins in any case, nor of one that is just connecting,
+// which may release the export a moment later. Who wants none of them back makes
 // Exports.Open refuse before.
 func (s *Server) Disconnect(ctx context.Context, export string) error {
 	var cut []*connection

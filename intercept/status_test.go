@@ -281,7 +281,7 @@ func (l *long) Status(string, int64, int64) iter.Seq2[Extent, error] {
 // TestLongExtents checks extents of more than 32 bits, and that the reply is
 // bounded.
 func TestLongExtents(t *testing.T) {
-	dev := &long{sized: sized{newMemory(0), 1 << 50}}
+	dev := &long{sized: sized{newMemory(0), 1 << 50, false}}
 	addr := serveDevice(t, dev)
 	narrow := connect(t, addr, structured, "disk", "base:allocation")
 	wide := connect(t, addr, extended, "disk", "base:allocation")
