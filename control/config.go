@@ -43,6 +43,8 @@ type Config struct {
 	TLSCerts       string `name:"tls-certs" placeholder:"DIR" yaml:"tls-certs" help:"Offer TLS with the certificates in DIR (ca-cert.pem, server-cert.pem, server-key.pem) to clients with one of that authority."`
 	AllowPlaintext *bool  `negatable:"" yaml:"allow-plaintext" help:"Serve other machines without TLS, too: anybody who reaches the socket can read and write the disks."`
 
+	IdleTimeout time.Duration `placeholder:"DURATION" yaml:"idle-timeout" help:"Drop an NBD client that sends nothing, or takes no reply, for so long; its disk is gone then unless it reconnects (never)."`
+
 	OnStoreLow string `placeholder:"CMD" yaml:"on-store-low" help:"Run CMD with sh when the snapstore runs low, with its figures in the environment: BLKSNAP_STORE_SIZE, _FREE, _RATE (bytes a second), _LEFT (seconds), and BLKSNAP_CONTROL."`
 
 	AllowOther *bool `negatable:"" yaml:"allow-other" help:"Show the tree to other users too."`
@@ -117,6 +119,7 @@ func (c Config) withFile() (Config, error) {
 	c.StoreWait = cmp.Or(c.StoreWait, f.StoreWait)
 	c.TLSCerts = cmp.Or(c.TLSCerts, f.TLSCerts)
 	c.AllowPlaintext = cmp.Or(c.AllowPlaintext, f.AllowPlaintext)
+	c.IdleTimeout = cmp.Or(c.IdleTimeout, f.IdleTimeout)
 	c.OnStoreLow = cmp.Or(c.OnStoreLow, f.OnStoreLow)
 	c.AllowOther = cmp.Or(c.AllowOther, f.AllowOther)
 	c.Force = cmp.Or(c.Force, f.Force)

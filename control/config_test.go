@@ -45,6 +45,7 @@ store:
 state: /s
 tls-certs: /t
 on-store-low: "true"
+idle-timeout: 10m
 allow-plaintext: true
 allow-other: true
 force: true
@@ -54,7 +55,7 @@ store-wait: 1m30s
 			want: Config{
 				Origin: []string{"vda=/srv/vda.img", "/dev/sdb"}, Mount: "none", Run: "/r",
 				Listen: []string{"unix:///s", "tcp://localhost"}, Control: "/c",
-				Store: []string{"mem:1GiB", "file:/f:10GiB"}, State: "/s", TLSCerts: "/t", OnStoreLow: "true", AllowPlaintext: &yes, AllowOther: &yes, Force: &yes,
+				Store: []string{"mem:1GiB", "file:/f:10GiB"}, State: "/s", TLSCerts: "/t", OnStoreLow: "true", IdleTimeout: 10 * time.Minute, AllowPlaintext: &yes, AllowOther: &yes, Force: &yes,
 				DeviceConfig: DeviceConfig{TrackingBlock: 4096, StoreWait: 90 * time.Second},
 			},
 		},
@@ -92,7 +93,7 @@ store-wait: 1m30s
 
 // TestFlagsWin merges a file with flags that say otherwise.
 func TestFlagsWin(t *testing.T) {
-	path := writeConfig(t, "origin: /f.img\nrun: /f\nstate: /f\nstore: [mem, file:/f]\nstore-wait: 1s\nallow-other: true\nforce: true\n")
+	path := writeConfig(t, "origin: /f.img\nrun: /f\nstate: /f\nstore: [mem, file:/f]\nstore-wait: 1s\nidle-timeout: 2s\nallow-other: true\nforce: true\n")
 	yes, no := true, false
 	flags := Config{
 		File:         path,
@@ -112,6 +113,7 @@ func TestFlagsWin(t *testing.T) {
 		Run:          "/f",
 		State:        "/flag",
 		Store:        []string{"dev:/flag"},
+		IdleTimeout:  2 * time.Second,
 		AllowOther:   &yes,
 		Force:        &no,
 		DeviceConfig: DeviceConfig{TrackingBlock: 8192, StoreWait: time.Second},

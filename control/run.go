@@ -36,7 +36,7 @@ func (s *service) run(ctx context.Context, out io.Writer) error {
 	// What serves outlives ctx: it has to answer what is in flight.
 	serving, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
-	nbd := intercept.NewServer(intercept.Options{Exports: exports{s.daemon}, Log: s.log, TLS: s.set.tls})
+	nbd := intercept.NewServer(intercept.Options{Exports: exports{s.daemon}, Log: s.log, TLS: s.set.tls, IdleTimeout: s.set.idleTimeout})
 	api := newServer(serving, s.daemon)
 	failed := make(chan error, len(s.nbdOn)+1)
 	var running sync.WaitGroup

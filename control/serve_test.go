@@ -203,6 +203,28 @@ func TestUmountStops(t *testing.T) {
 	}
 }
 
+// TestServeIdle checks that a client which has gone silent is dropped where that is
+// asked for.
+func TestServeIdle(t *testing.T) {
+	c := testConfig(t, "vda="+makeOrigin(t, 1<<20))
+	c.Mount, c.IdleTimeout = "none", 50*time.Millisecond
+	start(t, c)
+	conn, err := net.Dial("unix", c.Run+"/nbd.sock")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(20 * time.Second))
+	// Flags: fixed newstyle, no zeroes. NBD_OPT_EXPORT_NAME, of vda.
+	if _, err := io.WriteString(conn, "\x00\x00\x00\x03IHAVEOPT\x00\x00\x00\x01\x00\x00\x00\x03vda"); err != nil {
+		t.Fatal(err)
+	}
+	all, err := io.ReadAll(conn)
+	if want := 18 + 10; len(all) != want || err != nil {
+		t.Errorf("what a silent client gets\n got %d bytes, %v\nwant the greeting and the export, %d bytes, and the end", len(all), err, want)
+	}
+}
+
 // TestServeRefuses starts daemons that must not start. Each must say why in a
 // line and leave nothing that was not there.
 func TestServeRefuses(t *testing.T) {

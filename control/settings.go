@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
+	"time"
 
 	"blksnap/store"
 )
@@ -30,6 +31,7 @@ type settings struct {
 
 	allowPlaintext bool // also to other machines
 	onStoreLow     string
+	idleTimeout    time.Duration // 0: none
 	force          bool
 
 	private string // directory to remove at the end, "" for none
@@ -52,6 +54,9 @@ func settle(c Config, passed bool) (s settings, err error) {
 	on := func(given *bool) bool { return given != nil && *given }
 	s.allowOther, s.force, s.allowPlaintext = on(c.AllowOther), on(c.Force), on(c.AllowPlaintext)
 	s.onStoreLow = c.OnStoreLow
+	if s.idleTimeout = c.IdleTimeout; s.idleTimeout < 0 {
+		return s, refuse(syscall.EINVAL, "idle timeout %v: must not be negative", s.idleTimeout)
+	}
 	if s.tls, err = loadTLS(c.TLSCerts); err != nil {
 		return s, err
 	}
