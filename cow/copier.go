@@ -16,13 +16,18 @@ import (
 )
 
 var (
-	// errSlotIO says that the snapstore, not the origin, failed.
-	errSlotIO = errors.New("snapstore")
+	// errSlotWrite says that a slot could not be written: another part of the
+	// snapstore may take what it was for.
+	errSlotWrite = errors.New("snapstore")
 
 	// errStuck says that a request was given up: it may still change its slot,
 	// or look at its buffer, at any later time.
 	errStuck = errors.New("snapstore does not answer")
 )
+
+// writeHangs says that a slot may still change after err: who only waited in vain for
+// what was to be written has not touched it.
+func writeHangs(err error) bool { return errors.Is(err, errStuck) && errors.Is(err, errSlotWrite) }
 
 // The watchdog looks at the clock every watchInterval: no request is given up before
 // its deadline, and none much later. After watchPatience looks it ends, as soon as
@@ -52,6 +57,7 @@ type slotIO struct {
 	p        []byte
 	off      int64
 	deadline time.Time
+	half     time.Time // when half of the time is over
 
 	// done has room for both, the result and errStuck, which is sent at most once
 	// and only while the request is in the ring.
@@ -76,17 +82,20 @@ func (c *copier) read(s store.Slot, p []byte, off int64, deadline time.Time) err
 	return c.do(false, s, p, off, deadline)
 }
 
-// write is the same in the other direction.
+// write is the same in the other direction. It gives up when half of the time is
+// over if the bytes may go to another part of the snapstore: the other half is for
+// that.
 func (c *copier) write(s store.Slot, p []byte, off int64, deadline time.Time) error {
 	return c.do(true, s, p, off, deadline)
 }
 
 func (c *copier) do(write bool, s store.Slot, p []byte, off int64, deadline time.Time) error {
 	if !c.pool.MayHang(s) {
-		return c.told(s, c.call(write, s, p, off))
+		return slotError(write, s, c.call(write, s, p, off))
 	}
 	io := c.free.Get().(*slotIO)
-	io.write, io.slot, io.p, io.off, io.deadline = write, s, p, off, deadline
+	io.write, io.slot, io.p, io.off = write, s, p, off
+	io.deadline, io.half = deadline, deadline.Add(-time.Until(deadline)/2)
 	c.watch(io)
 	select {
 	case c.jobs <- io:
@@ -95,12 +104,12 @@ func (c *copier) do(write bool, s store.Slot, p []byte, off int64, deadline time
 	}
 	err := <-io.done
 	if err == errStuck {
-		return c.told(s, err)
+		return slotError(write, s, err)
 	}
 	c.unwatch(io)
 	io.p = nil
 	c.free.Put(io)
-	return c.told(s, err)
+	return slotError(write, s, err)
 }
 
 // watch puts io into the ring.
@@ -156,7 +165,7 @@ func (c *copier) tellLate(end bool) bool {
 	now := time.Now()
 	for io := c.waiting.next; io != &c.waiting; {
 		next := io.next
-		if !now.Before(io.deadline) {
+		if c.late(io, now) {
 			io.unlink()
 			io.done <- errStuck
 		}
@@ -168,11 +177,22 @@ func (c *copier) tellLate(end bool) bool {
 	return !c.watching
 }
 
-func (c *copier) told(s store.Slot, err error) error {
-	if err != nil {
-		return fmt.Errorf("%w: slot %v: %w", errSlotIO, s, err)
+// late says whether io is to be given up.
+func (c *copier) late(io *slotIO, now time.Time) bool {
+	if !now.Before(io.deadline) {
+		return true
 	}
-	return nil
+	return io.write && !now.Before(io.half) && c.pool.RoomBeside(io.slot, int64(len(io.p)))
+}
+
+func slotError(write bool, s store.Slot, err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case write:
+		return fmt.Errorf("%w: slot %v: %w", errSlotWrite, s, err)
+	}
+	return fmt.Errorf("snapstore: slot %v: %w", s, err)
 }
 
 func (c *copier) call(write bool, s store.Slot, p []byte, off int64) error {

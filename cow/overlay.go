@@ -119,7 +119,7 @@ func (i *Image) writeWindow(p []byte, off int64) error {
 			break
 		}
 		i.giveSlotsBack(changes, err)
-		if failed == maxFailedParts {
+		if failed == maxAttempts {
 			return err
 		}
 	}

@@ -22,9 +22,9 @@ import (
 	"blksnap/store"
 )
 
-// maxFailedParts is how many parts of the snapstore may fail one window before
-// its images are given up.
-const maxFailedParts = 4
+// maxAttempts is how many parts of the snapstore are tried for one window. There are
+// no more; a file system that runs full and not full again would go on for ever.
+const maxAttempts = 255
 
 // window is how many chunks are locked, and copied, at a time.
 const window = 16
@@ -156,13 +156,16 @@ func (d *Device) preserveBatch(head *table, b *batch) error {
 			return err
 		}
 		err = d.copyOut(head, b, k)
-		switch {
-		case err == nil:
+		if err == nil {
 			b.missing = append(b.missing[:0], b.missing[k:]...)
-		case errors.Is(err, errSlotIO) && !errors.Is(err, errStuck) && failed < maxFailedParts:
-			failed++ // the pool gives no slots of a failed part: try the next
-		default:
+			continue
+		}
+		// The pool gives no slots of a part that failed or hangs: try the next.
+		if failed++; failed == maxAttempts || !errors.Is(err, errSlotWrite) || !time.Now().Before(b.deadline) {
 			return err
+		}
+		if errors.Is(err, errStuck) {
+			b.buf = make([]byte, len(b.buf)) // what hangs may look at the other
 		}
 	}
 	return nil
@@ -259,7 +262,7 @@ func (d *Device) giveBack(m *missing, err error) {
 // unextend takes blocks out of a slot again, which stays in use for others, after
 // an attempt to write them ended with err.
 func (d *Device) unextend(s store.Slot, mask uint16, err error) {
-	if errors.Is(err, errStuck) {
+	if writeHangs(err) {
 		d.markStuck(s)
 	}
 	d.pool.Shrink(s, mask)
@@ -267,7 +270,7 @@ func (d *Device) unextend(s store.Slot, mask uint16, err error) {
 
 // unalloc does the same with a slot that is in use for nothing else.
 func (d *Device) unalloc(s store.Slot, mask uint16, err error) {
-	if errors.Is(err, errStuck) {
+	if writeHangs(err) {
 		d.pool.Quarantine(s)
 		return
 	}

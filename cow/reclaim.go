@@ -235,6 +235,7 @@ func (d *Device) freeSlot(w word) {
 
 // markStuck notes that a write hangs in a slot that is in use.
 func (d *Device) markStuck(s store.Slot) {
+	d.pool.Hangs(s)
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.stuck == nil {

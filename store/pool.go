@@ -190,6 +190,17 @@ func (p *Pool) Quarantine(s Slot) {
 	p.noteSpace()
 }
 
+// Hangs says that a write to a slot that stays in use was given up: as after
+// Quarantine, its part gives out nothing until I/O to it ends again.
+func (p *Pool) Hangs(s Slot) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if l := p.inUse(s, "note of a hang"); l != nil {
+		l.noteHang()
+		p.noteSpace()
+	}
+}
+
 // inUse returns the ledger of a slot that is in use; nil, and a note for Check,
 // for any other. The caller holds mu.
 func (p *Pool) inUse(s Slot, what string) *ledger {

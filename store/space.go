@@ -13,6 +13,21 @@ func (p *Pool) Space() (size, used, free int64) {
 	return (used + free) * BlockSize, used * BlockSize, free * BlockSize
 }
 
+// RoomBeside says whether a part other than that of s has room for n bytes, one slot
+// at most, that Alloc would give.
+func (p *Pool) RoomBeside(s Slot, n int64) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	room := p.sum((*ledger).room) - p.kept(false)
+	mask := AllBlocks >> (slotBlocks - min(slotBlocks, (n+BlockSize-1)/BlockSize))
+	for _, l := range p.ledgers {
+		if l.no != s.Part() && l.cost(mask) <= min(room, l.room()) {
+			return true
+		}
+	}
+	return false
+}
+
 // Freed counts how often space was freed or added, or may have been. It is for
 // Wait.
 func (p *Pool) Freed() uint64 {

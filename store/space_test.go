@@ -187,3 +187,59 @@ func TestWaitEnds(t *testing.T) {
 		t.Errorf("Wait of a pool that is closed: no error")
 	}
 }
+
+// TestRoomBeside asks whether another part than a slot's has room.
+func TestRoomBeside(t *testing.T) {
+	first := newFaulty(t, SlotSize*8)
+	p := openPool(t, first)
+	s := allocOne(t, p, AllBlocks)
+	ask := func(when string, n int64, want bool) {
+		t.Helper()
+		if got := p.RoomBeside(s, n); got != want {
+			t.Errorf("%s: room for %d bytes beside: got %v, want %v", when, n, got, want)
+		}
+	}
+	ask("a single part", BlockSize, false)
+	second := newFaulty(t, SlotSize*8)
+	if err := p.Add(second); err != nil {
+		t.Fatal(err)
+	}
+	ask("two parts", SlotSize, true)
+	ask("two parts", 1, true)
+	ask("two parts", 16*SlotSize, true) // one slot is asked for at most
+	for len(alloc1(p, AllBlocks)) > 0 {
+	}
+	ask("all but the reserve is in use", BlockSize, false)
+	p.Shrink(s, 0x0007)
+	ask("and three blocks came back", 3*BlockSize, true)
+	ask("and three blocks came back", 3*BlockSize+1, false)
+	p.noteFailure(p.byNo[2].Load(), errors.New("test"))
+	ask("second failed", BlockSize, false)
+}
+
+// TestHangs has a write hang in a slot that stays in use.
+func TestHangs(t *testing.T) {
+	f := newFaulty(t, 1<<20)
+	p := openPool(t, f, openMem(t, 1<<20))
+	s := allocOne(t, p, 1)
+	hook, entered, release := gate("write")
+	f.set(hook)
+	wrote := make(chan error)
+	go func() { wrote <- p.WriteAt(s, make([]byte, BlockSize), 0) }()
+	<-entered
+	p.Hangs(s)
+	if got := allocOne(t, p, 1); got.Part() != 2 {
+		t.Errorf("slot beside a part that hangs: got %v, want one of part 2", got)
+	}
+	if err := p.Extend(s, 2); !errors.Is(err, ErrFull) {
+		t.Errorf("more blocks of a slot in a part that hangs: got %v, want ErrFull", err)
+	}
+	close(release)
+	if err := <-wrote; err != nil {
+		t.Error(err)
+	}
+	if got := allocOne(t, p, 1); got.Part() != 1 {
+		t.Errorf("slot when the part works again: got %v, want one of part 1", got)
+	}
+	p.Free(s, 1)
+}
