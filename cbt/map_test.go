@@ -276,3 +276,32 @@ func TestAccessors(t *testing.T) {
 		}
 	}
 }
+
+// TestFacts compares what costs nothing with a view.
+func TestFacts(t *testing.T) {
+	m, err := New(newHeap(8<<20), 1<<30+512, DefaultBlock, uuid.New(), 41)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { closeMap(t, m) })
+	m.limit = 2
+	for k, do := range []func(){
+		func() {},
+		func() { freeze(t, m).Release() },
+		func() { m.Mark(0, 1); freeze(t, m).Release(); freeze(t, m).Release() }, // the base moves
+		func() { m.Reset(uuid.New()) },
+		func() {
+			if err := m.Resize(3 << 30); err != nil {
+				t.Fatal(err)
+			}
+		},
+	} {
+		do()
+		v := m.View()
+		want := Facts{v.Generation(), v.Number(), v.Base(), v.Blocks(), v.BlockSize()}
+		if got := m.Facts(); got != want {
+			t.Errorf("step %d\n got %+v\nwant %+v", k, got, want)
+		}
+		v.Release()
+	}
+}

@@ -14,6 +14,28 @@ import (
 	"blksnap/cbt"
 )
 
+// Tracking is what a device's change tracking is called and counts at one moment.
+type Tracking struct{ facts cbt.Facts }
+
+// Tracking says where the device's change tracking stands. Unlike Changes it takes no
+// lock and costs the device's writers nothing: scripts ask for the number every second.
+func (d *Device) Tracking() Tracking { return Tracking{d.changes.Facts()} }
+
+// MapSize is how many tracking blocks there are: the length of the map in bytes.
+func (t Tracking) MapSize() int64 { return t.facts.Blocks }
+
+// BlockSize is the size of a tracking block in bytes.
+func (t Tracking) BlockSize() int64 { return t.facts.BlockSize }
+
+// Generation is a UUID: history is continuous only inside one generation.
+func (t Tracking) Generation() string { return t.facts.Generation.String() }
+
+// Number is the last snapshot's number.
+func (t Tracking) Number() uint64 { return t.facts.Number }
+
+// Base is what to add to a map byte to get a number.
+func (t Tracking) Base() uint64 { return t.facts.Base }
+
 // Changes is the change tracking of an image, or of a device as it was when it
 // was asked. Its methods may be called from many goroutines at once.
 type Changes struct {
