@@ -62,6 +62,9 @@ func (d *Device) checkLocked(named map[store.Slot]uint16) error {
 		if i.overlay != nil {
 			errs = append(errs, d.checkTable(i.overlay.table, "overlay of "+i.snapshot.name, named))
 		}
+		if n := i.slotBlocks(); i.snapshot.most != 0 && i.blocks != n {
+			errs = append(errs, fmt.Errorf("%s: image %s counts %d blocks, it has %d", d.name, i.snapshot.name, i.blocks, n))
+		}
 	}
 	return errors.Join(errs...)
 }

@@ -112,6 +112,10 @@ type Device struct {
 	// to. Stored under mu.
 	shield atomic.Pointer[shield]
 
+	// limits is how many of its images belong to snapshots with a limit (limit.go).
+	// Stored under mu.
+	limits atomic.Int32
+
 	failure atomic.Pointer[string] // why the device is failed
 
 	// durable is what outlives the machine, nil where nothing does. lease is until
@@ -299,6 +303,7 @@ func (d *Device) path(name string) string {
 // wipe forgets what is in the run directory.
 func (d *Device) wipe() error {
 	d.layers, d.images, d.nextLayer, d.changes = nil, nil, 0, nil
+	d.limits.Store(0)
 	if d.dir == "" {
 		return nil
 	}

@@ -100,8 +100,13 @@ func (d *Device) foldChunk(older *table, end int64, c chunkNo, w word, s *scrap)
 		return nil
 	}
 	if need != 0 {
+		var charged []charge
+		if !w.hasSlot() {
+			charged = d.chargeFolded(older, c, need)
+		}
 		joined, err := d.join(o, w, need)
 		if err != nil {
+			d.refund(charged)
 			return err
 		}
 		older.store(c, joined)

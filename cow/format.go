@@ -37,11 +37,12 @@
 //	     0     8  "blksnapL", of an overlay "blksnapO"; stored last, and zeroed
 //	              first when the file goes
 //	     8     4  version, 1
-//	    12     4  CRC-32C of bytes 8 to 11 and 16 to 47
+//	    12     4  CRC-32C of bytes 8 to 11 and 16 to 55
 //	    16     8  number of the layer, ascending in a device
 //	    24     8  size of the image in bytes
 //	    32     8  id of the snapshot
 //	    40     8  1 if the image is writable: an overlay has the layer's number
+//	    48     8  blocks that the snapshot may take of the snapstore, 0: no limit
 //	    56     8  number of the image in the change tracking; written before the
 //	              snapshot's state is 2
 //	    64     8  committed: 0, or 1 once the snapshot was live; changes
@@ -161,9 +162,10 @@ type layerHeader struct {
 	size     int64
 	snapshot uint64
 	writable bool
+	most     int64
 }
 
-const layerConstant = 48
+const layerConstant = 56
 
 func (h layerHeader) encode(b []byte, magic string) {
 	host.PutUint64(b[16:], h.number)
@@ -172,6 +174,7 @@ func (h layerHeader) encode(b []byte, magic string) {
 	if h.writable {
 		host.PutUint64(b[40:], 1)
 	}
+	host.PutUint64(b[48:], uint64(h.most))
 	putMagic(b, magic, layerVersion, layerConstant)
 }
 
@@ -184,6 +187,7 @@ func decodeLayerHeader(b []byte, magic string) (layerHeader, error) {
 		size:     int64(host.Uint64(b[24:])),
 		snapshot: host.Uint64(b[32:]),
 		writable: host.Uint64(b[40:]) == 1,
+		most:     int64(host.Uint64(b[48:])),
 	}, nil
 }
 

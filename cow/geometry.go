@@ -111,5 +111,13 @@ func (w word) mask() uint16     { return uint16(w) }
 // hasSlot is false for the zero word and for zeroWord.
 func (w word) hasSlot() bool { return w.slot() != 0 }
 
+// blocks is how many blocks of a slot the word names.
+func (w word) blocks() int64 {
+	if !w.hasSlot() {
+		return 0
+	}
+	return int64(bits.OnesCount16(w.mask()))
+}
+
 // with adds blocks to the word.
 func (w word) with(mask uint16) word { return w | word(mask) }

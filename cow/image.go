@@ -28,7 +28,8 @@ type Image struct {
 	gone   chan struct{}         // closed when it is destroyed
 	extent extents
 
-	users int // protected by Snapshot.mu
+	users  int   // protected by Snapshot.mu
+	blocks int64 // of the snapstore, where its snapshot has a limit; protected by Device.mu
 }
 
 // Device is whose content it is.

@@ -235,6 +235,9 @@ func (m *model) churn(t *testing.T, round int, r *rand.Rand) {
 			m.regionL[i].Lock()
 		}
 		o := TakeOptions{Limit: time.Minute, Writable: r.IntN(2) == 0}
+		if r.IntN(3) == 0 {
+			o.MaxStore = 1 + r.Int64N(2*m.size) | blockSize
+		}
 		s, err := m.rig.cat.Take(fmt.Sprintf("s%d.%d", round, k), m.rig.devs, o)
 		if err == nil {
 			ms := &modelSnap{s: s}

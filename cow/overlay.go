@@ -56,13 +56,11 @@ func openOverlay(dir string, number uint64) (*overlay, error) {
 // bytes is how much of the snapstore the overlay takes. The caller is inside
 // readers.
 func (o *overlay) bytes() int64 {
-	var blocks int
+	var blocks int64
 	for _, w := range o.table.from(0) {
-		if w.hasSlot() {
-			blocks += bits.OnesCount16(w.mask())
-		}
+		blocks += w.blocks()
 	}
-	return int64(blocks) * blockSize
+	return blocks * blockSize
 }
 
 // change is what a write does to one chunk: span is in whole blocks, word what the
@@ -83,6 +81,11 @@ func (c change) carried() uint16 { return c.word.mask() &^ c.mask() }
 func (c change) added() uint16 { return c.mask() &^ c.word.mask() }
 
 func (c change) result() word { return makeWord(c.slot, c.word.mask()|c.mask()) }
+
+// grows is how many more blocks the chunk has in slots afterwards.
+func (c change) grows() int64 {
+	return int64(bits.OnesCount16(c.word.mask()|c.mask())) - c.word.blocks()
+}
 
 // writeWindow writes p, at most a window long, to the overlay. The caller is inside
 // readers. It fails with store.ErrFull where there is no room, and with the
@@ -107,21 +110,17 @@ func (i *Image) writeWindow(p []byte, off int64) error {
 	}
 	var room [window]change
 	changes := room[:0]
+	var grows int64
 	for sp := range spans(off, int64(len(p))) {
-		changes = append(changes, change{span: sp, word: o.table.load(sp.chunk)})
+		c := change{span: sp, word: o.table.load(sp.chunk)}
+		changes, grows = append(changes, c), grows+c.grows()
 	}
-	for failed := 0; ; failed++ {
-		// A part that has failed once is left: it may still be read.
-		if err = i.takeSlots(changes, failed > 0); err != nil {
-			return err
-		}
-		if err = i.fillSlots(changes, p); err == nil {
-			break
-		}
-		i.giveSlotsBack(changes, err)
-		if failed == maxAttempts {
-			return err
-		}
+	if err := i.charge(grows); err != nil {
+		return err
+	}
+	if err := i.writeSlots(changes, p); err != nil {
+		i.charge(-grows)
+		return err
 	}
 	for _, c := range changes {
 		o.table.store(c.chunk, c.result())
@@ -131,6 +130,24 @@ func (i *Image) writeWindow(p []byte, off int64) error {
 		}
 	}
 	return nil
+}
+
+// writeSlots finds slots for the changes and writes them there.
+func (i *Image) writeSlots(changes []change, p []byte) error {
+	for failed := 0; ; failed++ {
+		// A part that has failed once is left: it may still be read.
+		if err := i.takeSlots(changes, failed > 0); err != nil {
+			return err
+		}
+		err := i.fillSlots(changes, p)
+		if err == nil {
+			return nil
+		}
+		i.giveSlotsBack(changes, err)
+		if failed == maxAttempts {
+			return err
+		}
+	}
 }
 
 // wholeBlocks returns p, or, where it does not begin and end with a block, the
@@ -241,6 +258,7 @@ func (i *Image) zeroChunk(c chunkNo) error {
 	o.table.store(c, zeroWord)
 	i.device.cat.did("zero a chunk of an overlay")
 	if w.hasSlot() {
+		i.charge(-w.blocks())
 		i.device.retire(w)
 	}
 	return nil

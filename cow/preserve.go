@@ -103,18 +103,24 @@ func (d *Device) preserveWindow(off, n int64, deadline time.Time, f onFailure) e
 	for s := d.shield.Load(); s != nil; s = d.shield.Load() {
 		b.look(s, off, n)
 		err = d.preserveBatch(s.head().table, b)
-		if err == nil || f == spareImages || f == waitIfFull && errors.Is(err, store.ErrFull) {
+		var over *overLimit
+		switch {
+		case err == nil || f == spareImages:
 			return err
-		}
-		if !errors.Is(err, store.ErrFull) {
+		case errors.As(err, &over):
+			d.breakOver(over)
+		case !errors.Is(err, store.ErrFull):
 			for _, m := range b.missing {
 				d.lose(m.chunk, m.mask, err)
 			}
 			return nil
+		case f == waitIfFull:
+			return err
+		default:
+			// Only the first found no room.
+			d.lose(b.missing[0].chunk, b.missing[0].mask, err)
 		}
-		// Only the first found no room. Look what is missing for those who did not
-		// need it: it may be less, and find some.
-		d.lose(b.missing[0].chunk, b.missing[0].mask, err)
+		// Look what is missing for those who are left: it may be less, and find room.
 	}
 	return nil
 }
@@ -234,7 +240,12 @@ func (d *Device) moveChunk(b *batch) error {
 // copyOut copies the first k of b.missing to their slots and publishes their
 // words. If it fails the slots are given back, and nothing was published.
 func (d *Device) copyOut(head *table, b *batch, k int) error {
-	err := d.fill(b, k)
+	charged, err := d.chargeMissing(b.missing[:k])
+	if err == nil {
+		if err = d.fill(b, k); err != nil {
+			d.refund(charged)
+		}
+	}
 	for i := range k {
 		m := &b.missing[i]
 		if err != nil {

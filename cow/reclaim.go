@@ -58,6 +58,11 @@ func (d *Device) retireImageLocked(i *Image) {
 	if i.overlay != nil {
 		d.retired.tables = append(d.retired.tables, i.overlay.table)
 	}
+	if i.snapshot.most != 0 {
+		d.limits.Add(-1)
+		i.snapshot.blocks.Add(-i.blocks)
+		i.blocks = 0
+	}
 	d.reshieldLocked()
 	d.askLocked()
 }

@@ -144,6 +144,7 @@ func (d *Device) recoverState(noted int64) error {
 func (d *Device) resume() {
 	d.adopt()
 	d.loseCut(d.Size(), math.MaxInt64)
+	d.recount()
 	d.mu.Lock()
 	d.reshieldLocked()
 	d.askLocked()
@@ -300,7 +301,8 @@ func (d *Device) recoverImage(s *Snapshot, l *layer, frozen map[uint64]*cbt.Froz
 		i.noteFaultLocked(failed("what was written to it is lost: " + err.Error()))
 	default:
 		l.image = i
-		d.images = append(d.images, i)
+		s.most = h.most
+		d.addImageLocked(i) // nobody else is there yet
 	}
 	if i.frozen != nil { // else there is nothing that a user could look at
 		s.images = append(s.images, i)

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -21,7 +22,11 @@ type Snapshot struct {
 	created   time.Time
 	held      time.Duration
 	images    []*Image // by name of the device
+	most      int64    // blocks that it may take of the snapstore, 0: as many as there are
 	lost      int      // images that a predecessor had and nobody finds any more
+
+	// blocks is how many of most its images count (limit.go).
+	blocks atomic.Int64
 
 	// mu protects the images' users. Never held across I/O.
 	mu        sync.Mutex
@@ -51,6 +56,13 @@ type TakeOptions struct {
 
 	// Writable makes images that can be written to.
 	Writable bool
+
+	// MaxStore is how many bytes of the snapstore the snapshot may need: what is
+	// preserved of its devices from its instant on, also where others need it too,
+	// and what is written to its images. An image for which one more would have to
+	// be preserved is lost, as if the snapstore had overflowed; what is written to
+	// an image finds no space. 0: no limit; else at least blockSize.
+	MaxStore int64
 }
 
 // Take takes a snapshot of the devices, all at one instant: a write that was
@@ -76,6 +88,9 @@ func (c *Catalogue) take(name string, devices []*Device, o TakeOptions) (*Snapsh
 	if len(devices) == 0 {
 		return nil, fmt.Errorf("no device: %w", syscall.EINVAL)
 	}
+	if o.MaxStore < 0 || o.MaxStore > 0 && o.MaxStore < blockSize {
+		return nil, fmt.Errorf("a limit of %d bytes is less than a block of %d: %w", o.MaxStore, blockSize, syscall.EINVAL)
+	}
 	devices = slices.Clone(devices)
 	slices.SortFunc(devices, func(a, b *Device) int { return cmp.Compare(a.serial, b.serial) })
 	for i, d := range devices[1:] {
@@ -93,7 +108,7 @@ func (c *Catalogue) take(name string, devices []*Device, o TakeOptions) (*Snapsh
 	if err != nil {
 		return nil, err
 	}
-	s := &Snapshot{catalogue: c, record: r, name: name, note: o.Note}
+	s := &Snapshot{catalogue: c, record: r, name: name, note: o.Note, most: o.MaxStore / blockSize}
 	preps := make([]*prepared, 0, len(devices))
 	for _, d := range devices {
 		p, err := d.prepare(s, id, o)
@@ -132,7 +147,7 @@ func (d *Device) prepare(s *Snapshot, id uint64, o TakeOptions) (*prepared, erro
 	if u := d.durable.Load(); u != nil {
 		d.keepUp("reserve a number", u, func() error { return u.regions.reserve(d.changes.Number() + 1) })
 	}
-	h := layerHeader{number: d.nextLayer, size: d.Size(), snapshot: id, writable: o.Writable}
+	h := layerHeader{number: d.nextLayer, size: d.Size(), snapshot: id, writable: o.Writable, most: s.most}
 	l, err := newLayer(d.dir, h)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", d.name, err)
@@ -228,8 +243,16 @@ func (p *prepared) commit() {
 		d.layers[n-1].newer.Store(p.layer)
 	}
 	d.layers = append(d.layers, p.layer)
-	d.images = append(d.images, p.image)
+	d.addImageLocked(p.image)
 	d.shield.Store(p.shield)
+}
+
+// addImageLocked makes an image one of the device's healthy ones.
+func (d *Device) addImageLocked(i *Image) {
+	d.images = append(d.images, i)
+	if i.snapshot.most != 0 {
+		d.limits.Add(1)
+	}
 }
 
 // Name is the snapshot's name.
