@@ -200,6 +200,10 @@ func (d *Device) giveUp(s *scrap) bool {
 // free gives scrap back.
 func (d *Device) free(s *scrap) error {
 	var errs []error
+	// First, because what is left of such a slot may be among the others.
+	for _, w := range s.shrunk {
+		d.pool.Shrink(w.slot(), w.mask())
+	}
 	for _, t := range s.tables {
 		errs = append(errs, t.forget())
 		d.cat.did("forget a table")
@@ -214,9 +218,6 @@ func (d *Device) free(s *scrap) error {
 	}
 	for _, w := range s.words {
 		d.freeSlot(w)
-	}
-	for _, w := range s.shrunk {
-		d.pool.Shrink(w.slot(), w.mask())
 	}
 	return errors.Join(errs...)
 }

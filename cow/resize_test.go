@@ -118,6 +118,51 @@ func TestFoldIntoSmallerImage(t *testing.T) {
 	}
 }
 
+// TestFoldIntoCutSlot folds two layers at once into that of an image from before the
+// device grew. The first word loses its blocks beyond the image's end on the way, the
+// second makes it move to another slot: both come back in the same round.
+func TestFoldIntoCutSlot(t *testing.T) {
+	const was, block = 9*blockSize + 512, int64(blockSize)
+	r := newRig(t, 1, was, 1<<20)
+	r.addPart(1 << 20)
+	d, k := r.devs[0], r.disks[0]
+	put(t, d, 1, 0, was)
+	small := image(t, r.take("small"), "d0")
+	r.resize(0, 2*chunkSize)
+	put(t, d, 1, chunkSize, 2*block)
+	a := r.take("a")
+	put(t, d, 2, 2*block, block)
+	put(t, d, 2, 11*block, block)
+	b := r.take("b")
+	put(t, d, 3, 3*block, block)
+	r.take("last")
+	r.parts[0].hook(func(op string, _, _ int64) error {
+		if op == "write" {
+			return errIO
+		}
+		return nil
+	})
+	put(t, d, 4, chunkSize, block) // by which the part fails
+	entered, release := stop(k.hook, "write", chunkSize+block)
+	write := begin(func() error { return d.Write([]byte{5}, chunkSize+block, false) })
+	<-entered
+	var ended []chan error
+	for _, s := range []*Snapshot{a, b} {
+		ended = append(ended, begin(func() error { return s.Destroy(false) }))
+		<-image(t, s, "d0").Gone()
+	}
+	close(release)
+	for _, e := range append(ended, write) {
+		if err := <-e; err != nil {
+			t.Error(err)
+		}
+	}
+	want(t, small, 1, 0, was)
+	if err := Check(r.pool, d); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestOverflowBeyondAnImage cannot preserve a block that only the newer of two
 // images has: the older one does not break.
 func TestOverflowBeyondAnImage(t *testing.T) {
