@@ -122,10 +122,8 @@ func (d *Device) Mark(off, n int64) error {
 func (d *Device) Reset(why string) error {
 	d.taking.Lock()
 	defer d.taking.Unlock()
-	select {
-	case <-d.stop: // the gate is shut for ever
+	if d.stopped() { // the gate is shut for ever
 		return ErrStopping
-	default:
 	}
 	d.writers.shut()
 	defer d.writers.open()

@@ -35,6 +35,10 @@ var (
 	// room for.
 	ErrOverflowed = fmt.Errorf("snapshot was lost, the snapstore overflowed: %w", syscall.EIO)
 
+	// ErrRollback answers writes to a device that is being rolled back, and
+	// whatever else must not happen meanwhile.
+	ErrRollback = fmt.Errorf("device is being rolled back: %w", syscall.EBUSY)
+
 	// ErrFailed answers requests to an image that was lost for another reason,
 	// which the error's text has.
 	ErrFailed = fmt.Errorf("snapshot was lost: %w", syscall.EIO)
@@ -82,7 +86,8 @@ const (
 	EventDeviceFailed       = "device-failed"
 	EventSnapshotOverflowed = "snapshot-overflowed"
 	EventSnapshotFailed     = "snapshot-failed"
-	EventGeneration         = "generation" // a new generation of the change map
+	EventGeneration         = "generation"      // a new generation of the change map
+	EventRollbackFailed     = "rollback-failed" // the device is between two states
 )
 
 // Device is an origin under tracking. Reads and writes come from many goroutines
@@ -112,6 +117,15 @@ type Device struct {
 	// to. Stored under mu.
 	shield atomic.Pointer[shield]
 
+	// rollback is the image that the device is being rolled back to, or has to be
+	// further. It is set under taking and mu, and cleared under mu by whoever has set
+	// it or where the image is lost (rollback.go).
+	rollback atomic.Pointer[Image]
+
+	// tear is what a rollback has begun and not ended, nil where the content is all
+	// of one state (tear.go).
+	tear atomic.Pointer[tear]
+
 	// limits is how many of its images belong to snapshots with a limit (limit.go).
 	// Stored under mu.
 	limits atomic.Int32
@@ -136,6 +150,9 @@ type Device struct {
 
 	// Locks, in the order in which they are taken.
 
+	// rolling is held while a rollback runs.
+	rolling sync.Mutex
+
 	// taking serializes taking snapshots of the device. Held until the writes
 	// in flight have ended.
 	taking    sync.Mutex
@@ -145,15 +162,16 @@ type Device struct {
 	chunkLocks chunkLocks
 
 	// mu protects the fields below. Never held across I/O.
-	mu      sync.Mutex
-	layers  []*layer // oldest first
-	images  []*Image // healthy ones, oldest first
-	round   uint64   // number of the reclaimer's last complete round
-	asked   uint64   // number of the round that covers all that was asked for
-	settled *sync.Cond
-	retired scrap               // for the reclaimer's next round
-	stuck   map[store.Slot]bool // slots in use in which a write hangs
-	closed  bool
+	mu       sync.Mutex
+	layers   []*layer // oldest first
+	images   []*Image // healthy ones, oldest first
+	round    uint64   // number of the reclaimer's last complete round
+	asked    uint64   // number of the round that covers all that was asked for
+	settled  *sync.Cond
+	retired  scrap               // for the reclaimer's next round
+	unwanted []addition          // of a rollback, for the same round
+	stuck    map[store.Slot]bool // slots in use in which a write hangs
+	closed   bool
 }
 
 var serials atomic.Uint64
@@ -170,6 +188,7 @@ func (c *Catalogue) Open(o *Origin, pool *store.Pool, cfg Config) (*Device, erro
 		return nil, fmt.Errorf("track %s: %w", cfg.Name, err)
 	}
 	if len(d.layers) == 0 { // else it begins with Recover
+		d.tellTear()
 		d.running.Go(d.reclaim)
 	}
 	if d.stateDir != "" {
@@ -215,6 +234,7 @@ func (c *Catalogue) open(o *Origin, pool *store.Pool, cfg Config) (*Device, erro
 	if lost != nil {
 		d.noteGeneration(lost.Error())
 	}
+	d.findTear()
 	c.mu.Lock()
 	c.opened[d.name] = true
 	if len(d.layers) > 0 {
@@ -303,6 +323,7 @@ func (d *Device) path(name string) string {
 // wipe forgets what is in the run directory.
 func (d *Device) wipe() error {
 	d.layers, d.images, d.nextLayer, d.changes = nil, nil, 0, nil
+	d.rollback.Store(nil)
 	d.limits.Store(0)
 	if d.dir == "" {
 		return nil
@@ -330,6 +351,8 @@ func (d *Device) Close() error {
 	// for destroyed, and a writer would preserve nothing for them, though the next
 	// Open opens them again. Those who run may want taking before they see stop.
 	d.running.Wait()
+	d.rolling.Lock() // a rollback ends at its next window
+	defer d.rolling.Unlock()
 	d.taking.Lock()
 	defer d.taking.Unlock()
 	d.writers.shut() // for ever
@@ -380,11 +403,22 @@ func (d *Device) State() string {
 	if why := d.failure.Load(); why != nil {
 		return "failed: " + *why
 	}
+	if d.stopped() {
+		return "stopping"
+	}
+	if t := d.tear.Load(); t != nil && d.RollingBack() == nil {
+		return "failed: " + t.String()
+	}
+	return "ok"
+}
+
+// stopped says whether the device is being closed.
+func (d *Device) stopped() bool {
 	select {
 	case <-d.stop:
-		return "stopping"
+		return true
 	default:
-		return "ok"
+		return false
 	}
 }
 

@@ -54,10 +54,8 @@ func (d *Device) nextFold(kept *layer) (older *layer, end int64, l *layer) {
 func (d *Device) fold(older *layer, end int64, l *layer, s *scrap) bool {
 	all := true
 	for c, w := range l.table.from(0) {
-		select {
-		case <-d.stop:
+		if d.stopped() {
 			return false
-		default:
 		}
 		err := d.foldChunk(older.table, end, c, w, s)
 		if errors.Is(err, store.ErrFull) && d.giveUp(s) {

@@ -49,6 +49,7 @@
 //	    72     8  fault: 0 healthy, 1 overflowed, 2 failed, 3 destroyed; changes
 //	    80     8  length of the reason, written before fault
 //	    88   512  reason
+//	   600     8  1 while the device is being rolled back to the image; changes
 //
 // An overlay has nothing in what changes.
 
@@ -96,6 +97,7 @@ const (
 	layerFault       = 72
 	layerReason      = 80
 	layerReasonBytes = 512
+	layerRollback    = 600
 )
 
 // States of a record.

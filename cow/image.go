@@ -80,6 +80,18 @@ func (i *Image) Release() {
 	i.users--
 }
 
+// busyLocked says why the image's snapshot cannot be destroyed. The caller holds
+// Snapshot.mu.
+func (i *Image) busyLocked(force bool) error {
+	switch {
+	case i.device.rollback.Load() == i:
+		return ErrRollback
+	case i.users > 0 && !force:
+		return fmt.Errorf("is in use: %w", syscall.EBUSY)
+	}
+	return nil
+}
+
 // ReadAt is Read by the rules of io.ReaderAt: at the end of the image it returns
 // io.EOF.
 func (i *Image) ReadAt(p []byte, off int64) (int, error) {

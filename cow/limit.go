@@ -180,6 +180,19 @@ func (d *Device) lacksLocked(i *Image, before *table, c chunkNo, mask uint16) ui
 	return mask
 }
 
+// refundTaken has images count less, from whose chains the blocks of words w of
+// chunk c were taken.
+func (d *Device) refundTaken(c chunkNo, w word) {
+	if d.limits.Load() == 0 || !w.hasSlot() {
+		return
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, i := range d.images {
+		i.chargeLocked(-int64(bits.OnesCount16(d.lacksLocked(i, nil, c, w.mask()))))
+	}
+}
+
 // slotBlocks is how many blocks the image finds in slots. The caller is inside readers, and
 // nobody preserves anything.
 func (i *Image) slotBlocks() (n int64) {

@@ -312,8 +312,8 @@ func TestLimitUnderLoad(t *testing.T) {
 	}
 }
 
-// TestLimitSparesImages shrinks a device where a limit is in the way: nothing is lost
-// for it, and nothing has changed.
+// TestLimitSparesImages shrinks and rolls back where a limit is in the way: nothing is
+// lost for it, and nothing has changed.
 func TestLimitSparesImages(t *testing.T) {
 	const size, block = 1 << 20, int64(blockSize)
 	r := newRig(t, 1, size, 16<<20)
@@ -323,8 +323,13 @@ func TestLimitSparesImages(t *testing.T) {
 	put(t, d, 2, 0, 100*block)
 	limited := r.takeLimited("limited", 99)
 	before := r.used()
-	if err := d.Shrink(size - 100*block); !errors.Is(err, store.ErrFull) || !strings.Contains(err.Error(), "limited is limited to 405504 bytes") {
-		t.Errorf("shrink: got %v, want ErrFull, and the limit", err)
+	for what, err := range map[string]error{
+		"rollback": image(t, old, "d0").Rollback(),
+		"shrink":   d.Shrink(size - 100*block),
+	} {
+		if !errors.Is(err, store.ErrFull) || !strings.Contains(err.Error(), "limited is limited to 405504 bytes") {
+			t.Errorf("%s: got %v, want ErrFull, and the limit", what, err)
+		}
 	}
 	if got := states(old, limited); got != "ok ok" {
 		t.Errorf("states: got %s, want ok ok", got)
@@ -335,5 +340,8 @@ func TestLimitSparesImages(t *testing.T) {
 	}
 	if got := r.used(); got < before {
 		t.Errorf("%d bytes are in use, %d before", got, before)
+	}
+	if err := image(t, limited, "d0").Rollback(); err != nil { // needs nothing
+		t.Error(err)
 	}
 }

@@ -13,6 +13,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"blksnap/store"
 )
 
 var (
@@ -87,6 +89,7 @@ type model struct {
 type modelSnap struct {
 	s      *Snapshot
 	images [][]byte // by device
+	held   [][]byte // the same without what was written to them
 
 	// written are by device and region: held exclusively by who writes to the
 	// image, shared by who compares it.
@@ -94,8 +97,8 @@ type modelSnap struct {
 }
 
 // TestModel compares the engine with plain byte slices: random writes, zeroes,
-// trims, snapshots, destroys, reads of and writes to images, and overflows from
-// many goroutines. Every image is compared in full at the end of each round.
+// trims, snapshots, destroys, rollbacks, reads of and writes to images, and
+// overflows from many goroutines. Every image is compared in full at the end of each round.
 func TestModel(t *testing.T) {
 	for _, tc := range []struct {
 		name  string
@@ -214,9 +217,15 @@ func (m *model) change(d *Device, live []byte, dev int, off, n int64, r *rand.Ra
 	return d.Write(p, off, r.IntN(8) == 0)
 }
 
-// churn takes and destroys snapshots.
+// churn takes and destroys snapshots, and rolls back to them.
 func (m *model) churn(t *testing.T, round int, r *rand.Rand) {
-	for k := range 6 {
+	for k := range 8 {
+		if n := len(m.snaps); n > 0 && r.IntN(5) == 0 {
+			if err := m.rollBack(m.snaps[r.IntN(n)], r.IntN(len(m.live))); err != nil {
+				t.Error(err)
+			}
+			continue
+		}
 		if r.IntN(3) == 0 || len(m.snaps) > 7 {
 			m.mu.Lock()
 			if n := len(m.snaps); n > 0 {
@@ -242,7 +251,7 @@ func (m *model) churn(t *testing.T, round int, r *rand.Rand) {
 		if err == nil {
 			ms := &modelSnap{s: s}
 			for _, live := range m.live {
-				ms.images = append(ms.images, slices.Clone(live))
+				ms.images, ms.held = append(ms.images, slices.Clone(live)), append(ms.held, slices.Clone(live))
 				ms.written = append(ms.written, make([]sync.RWMutex, m.regions))
 			}
 			m.mu.Lock()
@@ -255,6 +264,26 @@ func (m *model) churn(t *testing.T, round int, r *rand.Rand) {
 			m.regionL[i].Unlock()
 		}
 	}
+}
+
+// rollBack rolls a device back. Writers stop meanwhile: they would be refused.
+func (m *model) rollBack(ms *modelSnap, dev int) error {
+	for k := range m.regions {
+		l := &m.regionL[int64(dev)*m.regions+k]
+		l.Lock()
+		defer l.Unlock()
+	}
+	i := ms.s.Images()[dev]
+	err := i.Rollback()
+	switch {
+	case err == nil:
+		copy(m.live[dev], ms.held[dev])
+	case errors.Is(err, ErrOverflowed) && i.State() == "overflowed":
+		err = nil // before: nobody writes
+	case errors.Is(err, store.ErrFull):
+		err = nil
+	}
+	return err
 }
 
 // readImages reads random ranges of random images.

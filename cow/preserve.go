@@ -186,12 +186,11 @@ func (d *Device) preserveHoles(head *table, b *batch) error {
 	rest := b.missing[:0]
 	for _, m := range b.missing {
 		if m.word == 0 {
-			from, end := m.chunk.off(), min(m.chunk.off()+chunkSize, d.Size())
-			hole, to, err := d.file.next(from, end)
+			hole, err := d.isHole(m.chunk)
 			if err != nil {
-				return d.originError("find holes of", from, err)
+				return err
 			}
-			if hole && to == end {
+			if hole {
 				head.store(m.chunk, zeroWord)
 				d.cat.did("publish a hole")
 				continue
@@ -201,6 +200,16 @@ func (d *Device) preserveHoles(head *table, b *batch) error {
 	}
 	b.missing = rest
 	return nil
+}
+
+// isHole says whether all of the chunk is a hole in the origin.
+func (d *Device) isHole(c chunkNo) (bool, error) {
+	from, end := c.off(), min(c.off()+chunkSize, d.Size())
+	hole, to, err := d.file.next(from, end)
+	if err != nil {
+		return false, d.originError("find holes of", from, err)
+	}
+	return hole && to == end, nil
 }
 
 // takeSlots finds a slot for the first k >= 1 of b.missing.

@@ -11,7 +11,8 @@
 //     first, so that the neighbour always has an image (fold.go);
 //  4. takes out of a nameless head what older layers have as well: the newest
 //     healthy image finds it there, and so do all others; and, as 3 does, what is
-//     beyond that image's end;
+//     beyond that image's end; and of any head what was preserved for a rollback that
+//     did not come about;
 //  5. waits until no reader and no writer can still be looking at what was cut
 //     off, and gives it back.
 //
@@ -55,6 +56,7 @@ func (s *scrap) add(t scrap) {
 func (d *Device) retireImageLocked(i *Image) {
 	d.images = slices.DeleteFunc(d.images, func(j *Image) bool { return j == i })
 	i.layer.image = nil
+	d.rollback.CompareAndSwap(i, nil) // which cannot be ended any more
 	if i.overlay != nil {
 		d.retired.tables = append(d.retired.tables, i.overlay.table)
 	}
@@ -145,8 +147,8 @@ func (d *Device) reclaim() {
 // reclaimRound does one round; false when the device stops.
 func (d *Device) reclaimRound() bool {
 	d.mu.Lock()
-	s := d.retired
-	d.retired = scrap{}
+	s, unwanted := d.retired, d.unwanted
+	d.retired, d.unwanted = scrap{}, nil
 	useless := slices.IndexFunc(d.layers, func(l *layer) bool { return l.image != nil })
 	if useless < 0 {
 		useless = len(d.layers)
@@ -166,6 +168,7 @@ func (d *Device) reclaimRound() bool {
 	d.mu.Unlock()
 
 	d.foldAll(&s)
+	d.dropUnwanted(unwanted, &s)
 	d.pruneHead(&s)
 	if !d.giveUp(&s) {
 		d.keep(s)
@@ -280,21 +283,41 @@ func (d *Device) pruneHead(s *scrap) {
 	older := shield{sh.layers[:len(sh.layers)-1], sh.end}
 	for c := range head.from(0) {
 		d.chunkLocks.lock(c, c)
-		w := head.load(c)
-		useless := w.mask() & older.mask(c)
-		switch {
-		case useless == 0:
-		case useless == w.mask():
-			head.store(c, 0)
-			d.cat.did("take a word from the head")
-			s.words = append(s.words, w)
-		case w == zeroWord:
-			// Always all 16 blocks; it holds no slot, so nothing is gained.
-		default:
-			head.store(c, makeWord(w.slot(), w.mask()&^useless))
-			d.cat.did("take blocks from a word of the head")
-			s.shrunk = append(s.shrunk, makeWord(w.slot(), useless))
-		}
+		d.takeFromHead(head, c, older.mask(c), s)
 		d.chunkLocks.unlock(c, c)
 	}
+}
+
+// dropUnwanted takes additions out of the head.
+func (d *Device) dropUnwanted(added []addition, s *scrap) {
+	sh := d.shield.Load()
+	if sh == nil {
+		return // what is left of the head goes as a whole
+	}
+	for _, a := range added {
+		d.chunkLocks.lock(a.chunk, a.chunk)
+		d.refundTaken(a.chunk, d.takeFromHead(sh.head().table, a.chunk, a.mask, s))
+		d.chunkLocks.unlock(a.chunk, a.chunk)
+	}
+}
+
+// takeFromHead takes blocks of c out of the head and returns those that were there.
+// The caller holds the chunk's lock.
+func (d *Device) takeFromHead(head *table, c chunkNo, mask uint16, s *scrap) word {
+	w := head.load(c)
+	taken := makeWord(w.slot(), w.mask()&mask)
+	switch {
+	case taken.mask() == 0:
+	case taken == w:
+		head.store(c, 0)
+		d.cat.did("take a word from the head")
+		s.words = append(s.words, w)
+	case w == zeroWord:
+		return 0 // always all 16 blocks; it holds no slot, so nothing is gained
+	default:
+		head.store(c, makeWord(w.slot(), w.mask()&^taken.mask()))
+		d.cat.did("take blocks from a word of the head")
+		s.shrunk = append(s.shrunk, taken)
+	}
+	return taken
 }

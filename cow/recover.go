@@ -149,6 +149,7 @@ func (d *Device) resume() {
 	d.reshieldLocked()
 	d.askLocked()
 	d.mu.Unlock()
+	d.tellTear() // now it is certain whether the rollback can go on
 	d.running.Go(d.reclaim)
 }
 
@@ -303,6 +304,9 @@ func (d *Device) recoverImage(s *Snapshot, l *layer, frozen map[uint64]*cbt.Froz
 		l.image = i
 		s.most = h.most
 		d.addImageLocked(i) // nobody else is there yet
+		if l.rollback() {
+			d.rollback.Store(i)
+		}
 	}
 	if i.frozen != nil { // else there is nothing that a user could look at
 		s.images = append(s.images, i)

@@ -102,13 +102,16 @@ func (d *Device) holdSize() (release func(), err error) {
 		d.taking.Unlock()
 		<-d.keeping
 	}
-	select {
-	case <-d.stop:
-		release()
-		return nil, ErrStopping
+	switch {
+	case d.stopped():
+		err = ErrStopping
+	case d.rollback.Load() != nil:
+		err = ErrRollback
 	default:
+		return release, nil
 	}
-	return release, nil
+	release()
+	return nil, err
 }
 
 // grow makes the device larger. The caller holds the size.

@@ -7,7 +7,6 @@ import (
 	"path/filepath"
 	"sync"
 	"testing"
-	"time"
 )
 
 // sizeChange is a change of a device's size with two snapshots before it: one that
@@ -275,14 +274,7 @@ func (h *home) forgetRun() {
 // waitDurable waits until the device's map was written down.
 func (h *home) waitDurable() {
 	h.t.Helper()
-	for begun := time.Now(); ; time.Sleep(time.Millisecond) {
-		if h.dev.durable.Load() != nil {
-			h.dev.keeping <- struct{}{} // behind who is writing
-			<-h.dev.keeping
-			return
-		}
-		if time.Since(begun) > time.Minute {
-			h.t.Fatal("the change map is not written down")
-		}
-	}
+	awaitDurable(h.t, h.dev, nil)
+	h.dev.keeping <- struct{}{} // behind who is writing
+	<-h.dev.keeping
 }

@@ -136,10 +136,11 @@ func (s *Snapshot) sortImages() {
 // prepare makes everything that the instant needs, so that nothing is allocated
 // and nothing can fail while writes wait.
 func (d *Device) prepare(s *Snapshot, id uint64, o TakeOptions) (*prepared, error) {
-	select {
-	case <-d.stop:
+	if d.stopped() {
 		return nil, fmt.Errorf("%s: %w", d.name, ErrStopping)
-	default:
+	}
+	if d.rollback.Load() != nil {
+		return nil, fmt.Errorf("%s: %w", d.name, ErrRollback)
 	}
 	if err := d.changes.Prepare(); err != nil {
 		return nil, fmt.Errorf("%s: %w", d.name, err)
@@ -301,8 +302,9 @@ func (s *Snapshot) State() string {
 
 // Destroy ends the snapshot: its images answer ErrDestroyed from then on, and
 // what only they needed returns to the snapstore, usually before Destroy returns.
-// It is refused with EBUSY while an image is in use, unless force is set, and
-// with ErrDestroyed the second time.
+// It is refused with EBUSY while an image is in use, unless force is set, with
+// ErrRollback while a device is rolled back to it, and with ErrDestroyed the
+// second time.
 func (s *Snapshot) Destroy(force bool) error {
 	s.mu.Lock()
 	if s.destroyed {
@@ -310,9 +312,9 @@ func (s *Snapshot) Destroy(force bool) error {
 		return fmt.Errorf("destroy snapshot %s: %w", s.name, ErrDestroyed)
 	}
 	for _, i := range s.images {
-		if i.users > 0 && !force {
+		if err := i.busyLocked(force); err != nil {
 			s.mu.Unlock()
-			return fmt.Errorf("destroy snapshot %s: image of %s is in use: %w", s.name, i.device.name, syscall.EBUSY)
+			return fmt.Errorf("destroy snapshot %s: image of %s: %w", s.name, i.device.name, err)
 		}
 	}
 	s.destroyed = true

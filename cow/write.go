@@ -15,11 +15,12 @@ import (
 const piece = 8 << 20
 
 // Write makes p visible to reads that start after it returns; durable on return
-// if fua is set, else after a Flush. It fails only where the origin does.
+// if fua is set, else after a Flush. It fails only where the origin does, and while
+// the device is rolled back.
 func (d *Device) Write(p []byte, off int64, fua bool) error {
 	for at := off; len(p) > 0; {
 		n := min(len(p), piece)
-		if err := d.write(p[:n], at); err != nil {
+		if err := d.write(p[:n], at, nil); err != nil {
 			return err
 		}
 		p, at = p[n:], at+int64(n)
@@ -30,8 +31,9 @@ func (d *Device) Write(p []byte, off int64, fua bool) error {
 	return nil
 }
 
-func (d *Device) write(p []byte, off int64) error {
-	g, err := d.admit(off, int64(len(p)))
+// write is Write for the rollback to an image; nil: for everybody else.
+func (d *Device) write(p []byte, off int64, to *Image) error {
+	g, err := d.admit(off, int64(len(p)), to)
 	if err != nil {
 		return err
 	}
@@ -51,7 +53,7 @@ func (d *Device) TryWrite(p []byte, off int64) error {
 	}
 	defer d.writers.leave(g)
 	n := int64(len(p))
-	if d.within("write", off, n, syscall.ENOSPC) != nil || !d.covered(off, n) || !d.shielded(off, n) {
+	if d.refuse("write", off, n, nil) != nil || !d.covered(off, n) || !d.shielded(off, n) {
 		return syscall.EAGAIN
 	}
 	d.changes.Mark(off, n)
@@ -74,7 +76,7 @@ type zeroFlags = struct {
 func (d *Device) WriteZeroes(off, n int64, f zeroFlags) error {
 	for n > 0 {
 		m := min(n, piece)
-		if err := d.zero(off, m, f); err != nil {
+		if err := d.zero(off, m, f, nil); err != nil {
 			return err
 		}
 		off, n = off+m, n-m
@@ -85,8 +87,9 @@ func (d *Device) WriteZeroes(off, n int64, f zeroFlags) error {
 	return nil
 }
 
-func (d *Device) zero(off, n int64, f zeroFlags) error {
-	g, err := d.admit(off, n)
+// zero is WriteZeroes for the rollback to an image; nil: for everybody else.
+func (d *Device) zero(off, n int64, f zeroFlags, to *Image) error {
+	g, err := d.admit(off, n, to)
 	if err != nil {
 		return err
 	}
@@ -140,7 +143,7 @@ func (d *Device) trim(off, n int64) error {
 		return err
 	}
 	defer d.writers.leave(g)
-	if err := d.within("trim", off, n, syscall.ENOSPC); err != nil {
+	if err := d.refuse("trim", off, n, nil); err != nil {
 		return err
 	}
 	s := d.shield.Load()
@@ -193,15 +196,15 @@ func (s span) wholeMask(size int64) uint16 {
 // admit lets a change of [off, off+n) in: it returns inside the gate, with the
 // range marked and everything preserved that a healthy image still needs. What
 // could not be preserved has broken its images by then, so admit fails only where
-// the device is stopping, or does not hold the range.
-func (d *Device) admit(off, n int64) (pass, error) {
+// the device is stopping, or does not take the change (refuse).
+func (d *Device) admit(off, n int64, to *Image) (pass, error) {
 	var full time.Time // when the snapstore was first found full
 	for {
 		g, err := d.letIn(off, n)
 		if err != nil {
 			return 0, err
 		}
-		if err := d.within("write", off, n, syscall.ENOSPC); err != nil {
+		if err := d.refuse("write", off, n, to); err != nil {
 			d.writers.leave(g)
 			return 0, err
 		}
@@ -224,6 +227,15 @@ func (d *Device) admit(off, n int64) (pass, error) {
 		}
 		d.waitForSpace(freed, full.Add(d.cfg.StoreWait))
 	}
+}
+
+// refuse says why a change of [off, off+n), for the rollback to an image or, nil,
+// for anybody else, is not to be made. The caller is inside the gate.
+func (d *Device) refuse(op string, off, n int64, to *Image) error {
+	if d.rollback.Load() != to {
+		return fmt.Errorf("%s %s at %d: %w", op, d.name, off, ErrRollback)
+	}
+	return d.within(op, off, n, syscall.ENOSPC)
 }
 
 // letIn enters the gate for a change of [off, off+n), with everything noted that

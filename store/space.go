@@ -13,6 +13,15 @@ func (p *Pool) Space() (size, used, free int64) {
 	return (used + free) * BlockSize, used * BlockSize, free * BlockSize
 }
 
+// Room returns how many more bytes Alloc and Extend can put in use: what is free
+// without the reserve, in whole blocks. Which slots can have them is a matter of the
+// parts.
+func (p *Pool) Room() int64 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return max(0, p.sum((*ledger).room)-p.kept(false)) * BlockSize
+}
+
 // RoomBeside says whether a part other than that of s has room for n bytes, one slot
 // at most, that Alloc would give.
 func (p *Pool) RoomBeside(s Slot, n int64) bool {

@@ -188,6 +188,25 @@ func TestWaitEnds(t *testing.T) {
 	}
 }
 
+// TestRoom allocates exactly as much as there is room for.
+func TestRoom(t *testing.T) {
+	p := openPool(t, openMem(t, 1<<20), openMem(t, 1<<20))
+	allocOne(t, p, 0x0007)
+	_, _, free := p.Space()
+	room := p.Room()
+	if kept := free - room; kept != p.reserve*BlockSize || kept == 0 {
+		t.Errorf("room leaves %d bytes of the free %d, want the reserve of %d", kept, free, p.reserve*BlockSize)
+	}
+	for n := int64(0); n < room; n += BlockSize {
+		if len(alloc1(p, 1)) == 0 {
+			t.Fatalf("full after %d bytes, want %d", n, room)
+		}
+	}
+	if got := p.Room(); got != 0 || len(alloc1(p, 1)) != 0 {
+		t.Errorf("room for %d bytes after all was allocated", got)
+	}
+}
+
 // TestRoomBeside asks whether another part than a slot's has room.
 func TestRoomBeside(t *testing.T) {
 	first := newFaulty(t, SlotSize*8)

@@ -1,0 +1,167 @@
+// What a rollback leaves that did not end: a device that is torn, between what it was
+// and what the snapshot is.
+//
+// As long as the snapshot is there the rollback can go on. But it may be lost
+// meanwhile, the origin may refuse a write, and a loss of power takes all snapshots.
+// So it is noted in the state directory, durably, before the first byte is written
+// back, and taken back when the last one is on the disk. A device with a note and
+// without a pending rollback is served, and failed: whoever looks must be told that
+// its content makes no sense.
+//
+// Another rollback mends it, to a snapshot that was there before the tear. (A later
+// one is of the torn device.) Else the device is restored by other means, and then
+// removed and added, which forgets the note.
+//
+// The file, numbers little-endian:
+//
+//	offset  size  field
+//	     0     8  "blksnapT"
+//	     8     4  version, 1
+//	    12     4  CRC-32C of bytes 0 to 11 and 16 to 95
+//	    16     8  number of the device's last snapshot when the rollback began
+//	    24     8  length of the snapshot's name
+//	    32    64  name of the snapshot
+
+package cow
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+)
+
+const (
+	tearMagic   = "blksnapT"
+	tearVersion = 1
+	tearBytes   = 32 + maxName
+)
+
+// tear is a rollback that has begun to write. It never changes.
+type tear struct {
+	number   uint64 // of the device's last snapshot before it
+	snapshot string
+}
+
+func (t *tear) String() string {
+	return fmt.Sprintf("a rollback to %s did not end: the content is neither what it was nor that of the snapshot", t.snapshot)
+}
+
+func (t *tear) encode() []byte {
+	b := make([]byte, tearBytes)
+	le := binary.LittleEndian
+	copy(b, tearMagic)
+	le.PutUint32(b[8:], tearVersion)
+	le.PutUint64(b[16:], t.number)
+	le.PutUint64(b[24:], uint64(copy(b[32:], t.snapshot)))
+	le.PutUint32(b[12:], sumWithout(b))
+	return b
+}
+
+func decodeTear(b []byte) (*tear, error) {
+	le := binary.LittleEndian
+	switch {
+	case len(b) != tearBytes || string(b[:8]) != tearMagic:
+		return nil, fmt.Errorf("%w: note of a rollback: no magic", ErrDamaged)
+	case le.Uint32(b[8:]) != tearVersion:
+		return nil, fmt.Errorf("%w: note of a rollback: version %d, this is %d", ErrVersion, le.Uint32(b[8:]), tearVersion)
+	case le.Uint32(b[12:]) != sumWithout(b) || le.Uint64(b[24:]) > maxName:
+		return nil, fmt.Errorf("%w: note of a rollback: checksum", ErrDamaged)
+	}
+	return &tear{le.Uint64(b[16:]), string(b[32:][:le.Uint64(b[24:])])}, nil
+}
+
+// tearPath is where the note is, empty where nothing outlives the machine.
+func (d *Device) tearPath() string {
+	if d.stateDir == "" {
+		return ""
+	}
+	return filepath.Join(d.stateDir, "rollback")
+}
+
+// beginTear notes, durably, that the device is about to be torn. What tore it before
+// stays noted.
+func (i *Image) beginTear() error {
+	d := i.device
+	if d.tear.Load() != nil {
+		return nil
+	}
+	t := &tear{d.changes.Number(), i.snapshot.name}
+	if path := d.tearPath(); path != "" {
+		if err := replaceFile(path, t.encode()); err != nil {
+			return fmt.Errorf("note the rollback: %w", err)
+		}
+	}
+	d.tear.Store(t)
+	d.cat.did("note a tear")
+	return nil
+}
+
+// endTear takes the note back after the device became what the image is.
+func (i *Image) endTear() {
+	d := i.device
+	t := d.tear.Load()
+	if i.frozen.Number() > t.number {
+		return
+	}
+	if path := d.tearPath(); path != "" {
+		if err := errors.Join(remove(path), syncDir(d.stateDir)); err != nil {
+			d.cfg.Log.Error("cannot note that a rollback has ended: the next start may say that it has not", "err", err)
+		}
+	}
+	d.tear.Store(nil)
+	d.cat.did("take back the note of a tear")
+}
+
+// findTear finds what a predecessor noted.
+func (d *Device) findTear() {
+	path := d.tearPath()
+	if path == "" {
+		return
+	}
+	b, err := os.ReadFile(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return
+	}
+	var t *tear
+	if err == nil {
+		t, err = decodeTear(b)
+	}
+	if err != nil {
+		d.cfg.Log.Error("cannot tell which rollback did not end", "err", err)
+		t = &tear{snapshot: "an unknown snapshot"}
+	}
+	d.tear.Store(t)
+}
+
+// tellTear tells of a device that is torn and stays so.
+func (d *Device) tellTear() {
+	t := d.tear.Load()
+	if t == nil || d.RollingBack() != nil {
+		return
+	}
+	d.cfg.Log.Error("rollback did not end", "snapshot", t.snapshot, "err", t.String())
+	d.event(EventRollbackFailed, t.snapshot, t.String())
+}
+
+// replaceFile writes b durably to path, in place of what is there, or leaves that as
+// it is. It makes the directory.
+func replaceFile(path string, b []byte) (err error) {
+	dir := filepath.Dir(path)
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	f, err := os.OpenFile(path+".new", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(b)
+	if err = errors.Join(err, f.Sync(), f.Close()); err == nil {
+		err = os.Rename(f.Name(), path)
+	}
+	if err != nil {
+		return errors.Join(err, os.Remove(f.Name()))
+	}
+	return errors.Join(syncDir(dir), syncDir(filepath.Dir(dir)))
+}
