@@ -1,59 +1,121 @@
 # shellcheck shell=sh
-# Inside the guest: blksnap, the kernel's NBD client with one and with two
-# connections, ext4 on it, and a snapshot whose image must be clean.
+# Inside the guest: blksnap and the kernel's NBD client, with one and with two
+# connections. A file system on it is frozen for a snapshot, written to, trimmed
+# and discarded; then the daemon is killed under it and started again.
 set -eu
-fail() { cat /tmp/ready; echo "guest: $*"; exit 1; }
+fail() {
+    for said in /tmp/ready /tmp/client /tmp/fsck; do [ ! -e $said ] || cat $said; done
+    echo "guest: $*"
+    exit 1
+}
 
-modprobe nbd max_part=0 nbds_max=2
-modprobe loop
-truncate -s 64M /tmp/vda.img
-mkdir /tmp/tree
-/job/blksnap serve --mount /tmp/tree --run /tmp/run --state /tmp/state --store mem:128MiB /tmp/vda.img > /tmp/ready 2>&1 &
-daemon=$!
-until grep -qs ^ready /tmp/ready; do
-    kill -0 $daemon || fail "the daemon did not start"
-    usleep 20000
-done
+say() { echo "guest: $*, up $(cut -d' ' -f1 /proc/uptime) s"; }
 
-for connections in 1 2; do
-    echo "guest: $connections connection(s)"
-    nbd-client -unix /tmp/run/nbd.sock -N vda -C $connections -timeout 60 -b 4096 /dev/nbd0 > /tmp/client 2>&1 ||
-        { cat /tmp/client; fail "nbd-client"; }
-    [ "$(blockdev --getsize64 /dev/nbd0)" = 67108864 ] || fail "size of nbd0"
-    [ "$(cat /sys/block/nbd0/queue/write_cache)" = "write back" ] || fail "nbd0 has no flush"
+serve() { # serve: start the daemon, and return when it is ready
+    /job/blksnap serve --mount /tmp/tree --run /tmp/run --state /tmp/state \
+        --store file:/tmp/store:64MiB /tmp/vda.img > /tmp/ready 2>&1 &
+    daemon=$!
+    until grep -qs ^ready /tmp/ready; do
+        kill -0 $daemon || fail "the daemon did not start"
+        usleep 20000
+    done
+}
 
+connect() { # connect OPTION...: make the live device /dev/nbd0
+    nbd-client -unix /tmp/run/nbd.sock -N vda -timeout 60 -b 4096 "$@" /dev/nbd0 > /tmp/client 2>&1 ||
+        fail "nbd-client $*"
+}
+
+disconnect() {
+    nbd-client -d /dev/nbd0 > /dev/null 2>&1
+    while nbd-client -c /dev/nbd0 > /dev/null; do usleep 20000; done
+}
+
+format() { # format: a file system with some files on the live device, at /mnt
     mkfs.ext4 -q -F /dev/nbd0
     mount /dev/nbd0 /mnt
-    dd if=/dev/urandom of=/mnt/a bs=1M count=12 2> /dev/null
+    dd if=/dev/urandom of=/mnt/a bs=1M count=4 2> /dev/null
     for i in 1 2 3 4 5; do echo $i > /mnt/f$i; sync /mnt/f$i; done
-    before=$(cat /mnt/* 2> /dev/null | md5sum)
+}
 
+snapshot() { # snapshot: of the file system at /mnt, frozen
     fsfreeze --freeze /mnt
     mkdir /tmp/tree/snapshots/frozen
     fsfreeze --unfreeze /mnt
-    dd if=/dev/urandom of=/mnt/a bs=1M count=12 conv=notrunc 2> /dev/null
+}
+
+change() { # change: what is in the files at /mnt
+    dd if=/dev/urandom of=/mnt/a bs=1M count=4 conv=notrunc 2> /dev/null
     rm /mnt/f1 /mnt/f2
     sync
-    after=$(cat /mnt/* 2> /dev/null | md5sum)
-    umount /mnt
-    e2fsck -fn /dev/nbd0 > /tmp/fsck 2>&1 || { cat /tmp/fsck; fail "e2fsck of the live device"; }
+}
 
-    # Read it again from the server, not from the page cache.
-    echo 3 > /proc/sys/vm/drop_caches
-    mount -o ro /dev/nbd0 /mnt
-    [ "$(cat /mnt/* 2> /dev/null | md5sum)" = "$after" ] || fail "the live device has other files"
-    umount /mnt
-    nbd-client -d /dev/nbd0 > /dev/null 2>&1
-    while nbd-client -c /dev/nbd0 > /dev/null; do usleep 20000; done
+files() { cat /mnt/* 2> /dev/null | md5sum; } # files: a sum of what is at /mnt
 
-    cp /tmp/tree/snapshots/frozen/vda.img /tmp/copy.img
-    e2fsck -fn /tmp/copy.img > /tmp/fsck 2>&1 || { cat /tmp/fsck; fail "e2fsck of the image"; }
-    mount -o ro,loop /tmp/copy.img /mnt
-    [ "$(cat /mnt/* 2> /dev/null | md5sum)" = "$before" ] || fail "the image has other files"
+wantFiles() { # wantFiles FILE SUM WHAT: its file system has no fault and these files
+    e2fsck -fn "$1" > /tmp/fsck 2>&1 || fail "e2fsck of $3"
+    echo 3 > /proc/sys/vm/drop_caches # read it from where it is
+    mount -o ro "$1" /mnt
+    [ "$(files)" = "$2" ] || fail "$3 has other files"
     umount /mnt
+}
+
+wantImage() { # wantImage SUM: the snapshot's image has these files
+    dd if=/tmp/tree/snapshots/frozen/vda.img of=/tmp/copy.img bs=1M 2> /dev/null
+    wantFiles /tmp/copy.img "$1" "the image"
+}
+
+modprobe nbd max_part=0 nbds_max=2
+modprobe loop
+truncate -s 32M /tmp/vda.img
+mkdir /tmp/tree
+serve
+for connections in 1 2; do
+    say "$connections connection(s)"
+    connect -C $connections
+    [ "$(blockdev --getsize64 /dev/nbd0)" = 33554432 ] || fail "size of nbd0"
+    [ "$(cat /sys/block/nbd0/queue/write_cache)" = "write back" ] || fail "nbd0 has no flush"
+    [ "$(cat /sys/block/nbd0/queue/discard_max_bytes)" != 0 ] || fail "nbd0 has no trim"
+    format
+    before=$(files)
+    snapshot
+    change
+    after=$(files)
+    fstrim /mnt || fail "fstrim"
+    umount /mnt
+    wantFiles /dev/nbd0 "$after" "the live device"
+
+    blkdiscard /dev/nbd0 || fail "blkdiscard"
+    wantImage "$before"
     rmdir /tmp/tree/snapshots/frozen
+    blkdiscard /dev/nbd0 || fail "blkdiscard without a snapshot"
+    left=$(stat -c %b /tmp/vda.img)
+    [ "$left" = 0 ] || fail "$left sectors are left of an origin that was discarded"
+    disconnect
 done
+
+# The kernel gives up requests when its server has gone, and Debian's nbd-client
+# ends then, with -persist as well. What was synced is there afterwards.
+say "SIGKILL"
+connect
+format
+before=$(files)
+snapshot
+change
+after=$(files)
+kill -9 $daemon
+wait $daemon || true
+! dd if=/dev/nbd0 of=/dev/null bs=4k count=1 iflag=direct 2> /dev/null || fail "nbd0 can be read without a server"
+umount /mnt
+disconnect
+serve
+connect
+mount /dev/nbd0 /mnt # replays the journal
+umount /mnt
+wantFiles /dev/nbd0 "$after" "the live device after SIGKILL"
+wantImage "$before"
+disconnect
 
 kill $daemon
 wait $daemon || fail "the daemon ended with status $?"
-echo "guest: all is well"
+say "all is well"
