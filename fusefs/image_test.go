@@ -352,13 +352,15 @@ func TestTreeTools(t *testing.T) {
 
 	stop := make(chan struct{})
 	wrote := make(chan struct{})
+	pace := time.NewTicker(100 * time.Microsecond) // the tree needs a processor, too
+	defer pace.Stop()
 	go func() {
 		defer close(wrote)
 		for i := int64(0); ; i++ {
 			select {
 			case <-stop:
 				return
-			default:
+			case <-pace.C:
 				vda.write([]byte{byte(i)}, i*66000%(1<<20))
 			}
 		}
