@@ -186,6 +186,23 @@ func (c *nbdConn) reply(p []byte) error {
 	return err
 }
 
+// anyReply reads the reply to any request that has no data in its reply, and
+// returns the request's cookie.
+func (c *nbdConn) anyReply() (cookie uint64, err error) {
+	var head [16]byte
+	if _, err := io.ReadFull(c, head[:]); err != nil {
+		return 0, fmt.Errorf("read reply: %w", err)
+	}
+	cookie = binary.BigEndian.Uint64(head[8:])
+	if binary.BigEndian.Uint32(head[:]) != nbdReplyMagic {
+		return 0, fmt.Errorf("reply is %x", head)
+	}
+	if e := binary.BigEndian.Uint32(head[4:]); e != 0 {
+		return cookie, fmt.Errorf("request %d: %w", cookie, syscall.Errno(e))
+	}
+	return cookie, nil
+}
+
 // do sends a request and waits for its reply.
 func (c *nbdConn) do(command, flags uint16, off int64, n uint32, payload, into []byte) error {
 	if err := c.request(command, flags, off, n, payload); err != nil {

@@ -106,6 +106,53 @@ func checkBroken(t *testing.T, d *daemon, image *os.File) {
 	}
 }
 
+// Writes that wait for space in the snapstore hold up nothing else, also not on
+// their own connection, of whose requests the server serves some at a time.
+func TestWritesThatWaitHoldUpNobody(t *testing.T) {
+	needRoot(t)
+	const size, n, writes, inFlight = 16 * miB, 64 * kiB, 100, 64
+	d, _ := serveOrigin(t, size, "--store", "mem:1MiB", "--store-wait", "50s")
+	mkdir(t, d.snapshot("s1"))
+	c := d.open("vda")
+	p := make([]byte, n)
+	for i := range int64(writes) {
+		Stamp(p, "vda", i*n, 2)
+		if err := c.request(NBD_CMD_WRITE, 0, i*n, n, p); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := c.request(NBD_CMD_FLUSH, 0, 0, 0, nil); err != nil {
+		t.Fatal(err)
+	}
+	flush, waiting := c.cookie, writes
+	next := func() (cookie uint64) {
+		t.Helper()
+		cookie, err := c.anyReply()
+		if err != nil {
+			t.Fatalf("with %d writes waiting: %v", waiting, err)
+		}
+		return cookie
+	}
+	for next() != flush {
+		waiting--
+	}
+	if waiting < inFlight {
+		t.Errorf("only %d of %d writes waited when the flush was answered, want %d at least", waiting, writes, inFlight)
+	}
+
+	rmdir(t, d.snapshot("s1")) // nothing is to be preserved any more
+	for ; waiting > 0; waiting-- {
+		next()
+	}
+	got := make([]byte, writes*n)
+	if err := c.readAt(got, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := Verify(got, "vda", 0, 2, 2); err != nil {
+		t.Error(err)
+	}
+}
+
 // Exactly those snapshots break that need a block which did not fit: an older
 // one that has it already goes on.
 func TestOverflowSparesWhoHasTheBlock(t *testing.T) {
