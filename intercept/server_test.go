@@ -371,7 +371,7 @@ func TestSlowTaker(t *testing.T) {
 	const size = 8 << 20
 	dev := newMemory(size)
 	rand.NewChaCha8([32]byte{}).Read(dev.data)
-	_, addr := startServer(t, Options{Exports: newShelf(map[string]Device{"disk": dev}), IdleTimeout: 500 * time.Millisecond})
+	_, addr := startServer(t, Options{Exports: newShelf(map[string]Device{"disk": dev}), IdleTimeout: 2 * time.Second})
 	c := dial(t, addr)
 	c.wantFinal(NBD_OPT_GO, infoData("disk"), NBD_REP_ACK)
 	c.write(c.appendRequest(nil, request{typ: NBD_CMD_READ, n: size}))
@@ -383,7 +383,7 @@ func TestSlowTaker(t *testing.T) {
 		if n += m; err != nil {
 			t.Fatalf("after %d bytes: %v", n, err)
 		}
-		time.Sleep(time.Duration(m) * time.Second / (4 << 20)) // 4 MiB a second
+		time.Sleep(time.Duration(m) * time.Second / (3 << 20)) // 3 MiB a second
 	}
 }
 
