@@ -136,7 +136,8 @@ type snapshotCreateCmd struct {
 	Named  *string  `name:"name" placeholder:"NAME" help:"The same as the argument."`
 	Device []string `placeholder:"DEVICE" sep:"none" help:"Of this device alone; repeatable (default: of all of them, at one instant)."`
 
-	Writable bool `help:"Make images that can be written to; what is written belongs to the image alone."`
+	Writable bool         `help:"Make images that can be written to; what is written belongs to the image alone."`
+	MaxStore control.Size `placeholder:"SIZE" help:"How much of the snapstore it may need; when it needs more it alone is lost (all of it)."`
 
 	Freeze []string      `placeholder:"MOUNTPOINT" sep:"none" help:"Freeze this file system around the instant; repeatable."`
 	Before string        `placeholder:"CMD" help:"Run CMD with sh before; if it fails no snapshot is taken."`
@@ -164,7 +165,7 @@ func (c *snapshotCreateCmd) Run(ctx context.Context, w io.Writer) error {
 		name = *c.Name
 	}
 	v, err := c.client().Take(ctx, control.Taking{
-		SnapshotRequest: control.SnapshotRequest{Name: name, Devices: c.Device, TTL: c.TTL, Writable: c.Writable},
+		SnapshotRequest: control.SnapshotRequest{Name: name, Devices: c.Device, TTL: c.TTL, Writable: c.Writable, MaxStore: int64(c.MaxStore)},
 		Freeze:          c.Freeze, Before: c.Before, After: c.After,
 	})
 	return show(v, err, control.Output{Writer: w}.Taken)

@@ -60,8 +60,9 @@ type SnapshotInfo struct {
 	Name     string        `json:"name"`
 	Created  time.Time     `json:"created"`
 	State    string        `json:"state"`
-	Writable bool          `json:"writable"`   // its images can be written to
-	HeldUp   time.Duration `json:"held_up_ns"` // how long writes waited while it was taken
+	Writable bool          `json:"writable"`            // its images can be written to
+	HeldUp   time.Duration `json:"held_up_ns"`          // how long writes waited while it was taken
+	MaxStore int64         `json:"max_store,omitempty"` // bytes of the snapstore that it may need
 	Expires  *time.Time    `json:"expires,omitempty"`
 	Images   []ImageInfo   `json:"images"` // by device
 
@@ -139,6 +140,10 @@ type SnapshotRequest struct {
 
 	// Writable makes images that can be written to.
 	Writable bool `json:"writable,omitempty"`
+
+	// MaxStore is how many bytes of the snapstore it may need, else it is lost; 0: as
+	// many as there are.
+	MaxStore int64 `json:"max_store,omitempty"`
 }
 
 // FreezeRequest asks whether the file systems that are mounted at these absolute

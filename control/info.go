@@ -66,7 +66,7 @@ func (d *Daemon) snapshotInfo(name string) (SnapshotInfo, error) {
 }
 
 func (d *Daemon) describe(s *cow.Snapshot) SnapshotInfo {
-	info := SnapshotInfo{Name: s.Name(), Created: s.Created(), State: s.State(), HeldUp: s.Held()}
+	info := SnapshotInfo{Name: s.Name(), Created: s.Created(), State: s.State(), HeldUp: s.Held(), MaxStore: s.MaxStore()}
 	if end := expires(s); !end.IsZero() {
 		info.Expires = &end
 	}

@@ -159,6 +159,7 @@ func (o Output) Snapshot(v SnapshotInfo) error {
 		"held_up", v.HeldUp.String(),
 		"holds", sizeLine(v.holds()),
 		"shares", sizeLine(v.shares()),
+		"max_store", v.maxStore(),
 		"expires", v.expires(),
 	}
 	if v.Store != nil {
@@ -180,6 +181,13 @@ func (v SpaceInfo) text() string {
 		text += fmt.Sprintf(", full in %s at the present rate, %s a second", span(v.Left), people(v.Rate))
 	}
 	return text
+}
+
+func (v SnapshotInfo) maxStore() string {
+	if v.MaxStore == 0 {
+		return "all of it"
+	}
+	return sizeLine(v.MaxStore)
 }
 
 func (v SnapshotInfo) expires() string {

@@ -37,12 +37,12 @@ func TestPeople(t *testing.T) {
 var (
 	goldenChanges = ChangesInfo{65536, "449b2d0a-4d78-44d8-ab22-55a28bb7e11d", 12, 10}
 	goldenDevice  = DeviceInfo{"vda", "/srv/vda.img", 10 << 30, "nbd+unix:///vda?socket=/s", "ok", 1, []string{"a", "b"}, goldenChanges}
-	goldenTaken   = SnapshotInfo{"nightly", time.Date(2026, 3, 4, 5, 6, 7, 89, time.UTC), "ok", true, 6 * time.Microsecond, nil, []ImageInfo{
+	goldenTaken   = SnapshotInfo{"nightly", time.Date(2026, 3, 4, 5, 6, 7, 89, time.UTC), "ok", true, 6 * time.Microsecond, 0, nil, []ImageInfo{
 		{"vda", 10 << 30, "nbd+unix:///vda@nightly?socket=/s", "ok", 4096, goldenChanges, nil},
 		{"long-name", 512, "nbd+unix:///long-name@nightly?socket=/s", "overflowed", 0, goldenChanges, nil},
 	}, nil}
 	goldenShares = int64(8192)
-	goldenShown  = SnapshotInfo{"s", goldenTaken.Created, "ok", false, 0, nil, []ImageInfo{
+	goldenShown  = SnapshotInfo{"s", goldenTaken.Created, "ok", false, 0, 1 << 20, nil, []ImageInfo{
 		{"vda", 512, "nbd:vda@s", "ok", 4096, goldenChanges, &goldenShares},
 	}, &SpaceInfo{8 << 30, 1 << 30, 1 << 20, 1024 * time.Second}}
 	goldenEvent = Event{7, time.Date(2026, 3, 4, 5, 6, 7, 0, time.UTC), "snapshot-created", "", "nightly", "2 devices"}
@@ -99,20 +99,21 @@ nightly  2026-03-04 05:06:07  ok     rw      4KiB   vda,long-name
 		{"snapshot", func(o Output) error {
 			return o.Snapshot(goldenShown)
 		}, `
-name     s
-created  2026-03-04T05:06:07.000000089Z
-state    ok
-access   ro
-held_up  0s
-holds    4096 (4KiB)
-shares   8192 (8KiB)
-expires  never
-store    1GiB of 8GiB free, full in 17m4s at the present rate, 1MiB a second
+name       s
+created    2026-03-04T05:06:07.000000089Z
+state      ok
+access     ro
+held_up    0s
+holds      4096 (4KiB)
+shares     8192 (8KiB)
+max_store  1048576 (1MiB)
+expires    never
+store      1GiB of 8GiB free, full in 17m4s at the present rate, 1MiB a second
 
 DEVICE  SIZE  STATE  HOLDS  SHARES  NUMBER  URI
 vda     512   ok     4KiB   8KiB    12      nbd:vda@s
 `, `
-{"name":"s","created":"2026-03-04T05:06:07.000000089Z","state":"ok","writable":false,"held_up_ns":0,"images":[{"device":"vda","size":512,"uri":"nbd:vda@s","state":"ok","holds":4096,"cbt":` + changesJSON + `,"shares":8192}],"store":{"size":8589934592,"free":1073741824,"rate":1048576,"left_ns":1024000000000}}
+{"name":"s","created":"2026-03-04T05:06:07.000000089Z","state":"ok","writable":false,"held_up_ns":0,"max_store":1048576,"images":[{"device":"vda","size":512,"uri":"nbd:vda@s","state":"ok","holds":4096,"cbt":` + changesJSON + `,"shares":8192}],"store":{"size":8589934592,"free":1073741824,"rate":1048576,"left_ns":1024000000000}}
 `},
 		{"changes", func(o Output) error { return o.Changes(goldenChanges) }, `
 block_size  65536

@@ -55,7 +55,7 @@ func (d *Daemon) takeChanging(q SnapshotRequest) (*cow.Snapshot, error) {
 	if err != nil {
 		return nil, err
 	}
-	s, err := d.cat.Take(name, chosen, cow.TakeOptions{Note: note{TTL: q.TTL}.encode(), Writable: q.Writable})
+	s, err := d.cat.Take(name, chosen, cow.TakeOptions{Note: note{TTL: q.TTL}.encode(), Writable: q.Writable, MaxStore: q.MaxStore})
 	if err != nil {
 		return nil, err
 	}

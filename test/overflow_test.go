@@ -182,3 +182,69 @@ func TestOverflowSparesWhoHasTheBlock(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestMaxStore limits one of two snapshots, over a restart: with the first block that
+// is too much it alone is lost.
+func TestMaxStore(t *testing.T) {
+	needRoot(t)
+	const size, limit = 8 * miB, miB
+	d, origin := serveOrigin(t, size)
+	d.blksnap("snapshot", "create", "--max-store", "1MiB", "limited")
+	mkdir(t, d.snapshot("free"))
+	p := make([]byte, limit/2)
+	overwrite := func(off, n int64) {
+		t.Helper()
+		Stamp(p[:n], "vda", off, 2)
+		c := d.open("vda")
+		defer c.Close()
+		if err := c.writeAt(p[:n], off); err != nil {
+			t.Fatal(err)
+		}
+	}
+	states := func(when, want string) {
+		t.Helper()
+		for name, want := range map[string]string{"limited": want, "free": "ok"} {
+			if got := read(t, d.snapshot(name, "state")); got != want {
+				t.Errorf("%s: state of %s\n got %s\nwant %s", when, name, got, want)
+			}
+		}
+	}
+	overwrite(0, limit/2)
+	d.kill()
+	d.start(origin)
+	overwrite(limit/2, limit/2)
+	states("at the limit", "ok")
+	shown := d.json("snapshot", "show", "limited")[0]
+	if got := shown["max_store"]; got != float64(limit) {
+		t.Errorf("max_store\n got %v\nwant %d", got, limit)
+	}
+	if got := d.blksnap("snapshot", "show", "limited"); !strings.Contains(got, "max_store  1048576 (1MiB)") {
+		t.Errorf("snapshot show does not tell the limit:\n%s", got)
+	}
+	overwrite(limit, 4*kiB)
+	states("over the limit", "overflowed")
+	if got := d.blksnap("events"); !strings.Contains(got, "snapshot-overflowed  vda  limited") {
+		t.Errorf("events do not tell:\n%s", got)
+	}
+	image, err := os.ReadFile(d.snapshot("free", "vda.img"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := Verify(image[:size/2], "vda", 0, 1, 1); err != nil {
+		t.Error(err)
+	}
+	wantRefused(t, d.try("snapshot", "create", "--max-store", "1KiB", "tiny"), 1, "1024")
+
+	// An image that is written to.
+	d.blksnap("snapshot", "create", "--max-store", "1MiB", "--writable", "w")
+	w := d.open("vda@w")
+	if err := errors.Join(w.writeAt(p, 0), w.writeAt(p, limit)); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.writeAt(p[:4*kiB], 2*limit); !errors.Is(err, syscall.ENOSPC) {
+		t.Errorf("write beyond the limit\n got %v\nwant %v", err, syscall.ENOSPC)
+	}
+	if got := read(t, d.snapshot("w", "state")); got != "ok" {
+		t.Errorf("state of the image that was written to\n got %s\nwant ok", got)
+	}
+}
