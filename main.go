@@ -32,10 +32,11 @@ type cli struct {
 		Resize deviceResizeCmd `cmd:"" help:"Make a device as long as its origin has become."`
 	} `cmd:"" help:"Devices: origins under tracking."`
 	Snapshot struct {
-		Create  snapshotCreateCmd  `cmd:"" help:"Take a snapshot and print its name."`
-		List    snapshotListCmd    `cmd:"" help:"List the snapshots, oldest first."`
-		Show    snapshotShowCmd    `cmd:"" help:"Show all about a snapshot."`
-		Destroy snapshotDestroyCmd `cmd:"" help:"Destroy snapshots; refused while an image is in use."`
+		Create   snapshotCreateCmd   `cmd:"" help:"Take a snapshot and print its name."`
+		List     snapshotListCmd     `cmd:"" help:"List the snapshots, oldest first."`
+		Show     snapshotShowCmd     `cmd:"" help:"Show all about a snapshot."`
+		Destroy  snapshotDestroyCmd  `cmd:"" help:"Destroy snapshots; refused while an image is in use."`
+		Rollback snapshotRollbackCmd `cmd:"" help:"Make devices what they were at a snapshot; refused while they have clients."`
 	} `cmd:"" help:"Snapshots: the state of devices at one instant."`
 	Cbt struct {
 		Show    cbtShowCmd    `cmd:"" help:"Show a device's generation and number."`
@@ -196,6 +197,18 @@ type snapshotDestroyCmd struct {
 
 func (c *snapshotDestroyCmd) Run(ctx context.Context) error {
 	return c.client().DestroySnapshots(ctx, c.Name, c.Force)
+}
+
+type snapshotRollbackCmd struct {
+	remote
+	Name   string   `arg:"" help:"The snapshot."`
+	Device []string `placeholder:"DEVICE" sep:"none" help:"This device alone; repeatable (default: all of the snapshot's)."`
+	Force  bool     `help:"Disconnect NBD clients of the devices."`
+}
+
+func (c *snapshotRollbackCmd) Run(ctx context.Context, w io.Writer) error {
+	v, err := c.client().RollBack(ctx, c.Name, c.Device, c.Force)
+	return show(v, err, func(v control.RollbackInfo) error { return control.Output{Writer: w}.RolledBack(v, c.Name) })
 }
 
 type cbtShowCmd struct {

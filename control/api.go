@@ -15,6 +15,7 @@
 //	POST   /snapshots                     SnapshotRequest -> SnapshotInfo
 //	POST   /freeze                        FreezeRequest: refused if they must not be frozen
 //	GET    /snapshots/NAME                SnapshotInfo
+//	POST   /snapshots/NAME/rollback       RollbackRequest -> RollbackInfo
 //	DELETE /snapshots                     name (repeated), force
 //	GET    /store                         []PartInfo
 //	POST   /store                         PartRequest
@@ -116,6 +117,17 @@ type DeviceRequest struct {
 	Name   string `json:"name"`
 	Origin string `json:"origin"`
 	DeviceConfig
+}
+
+// RollbackRequest asks for devices to become what they were at a snapshot.
+type RollbackRequest struct {
+	Devices []string `json:"devices,omitempty"` // empty: all of the snapshot's
+	Force   bool     `json:"force,omitempty"`   // disconnect their clients
+}
+
+// RollbackInfo says which devices were rolled back.
+type RollbackInfo struct {
+	Devices []string `json:"devices"`
 }
 
 // ResizeRequest asks for a device to become as long as its origin is.

@@ -128,6 +128,12 @@ func (c *Client) TakeSnapshot(ctx context.Context, q SnapshotRequest) (v Snapsho
 	return v, c.call(ctx, "POST", "/snapshots", q, &v)
 }
 
+// RollBack makes devices what they were at a snapshot: those that are named, or all of
+// its devices. With clients on one it is refused without force.
+func (c *Client) RollBack(ctx context.Context, name string, devices []string, force bool) (v RollbackInfo, err error) {
+	return v, c.call(ctx, "POST", "/snapshots/"+url.PathEscape(name)+"/rollback", RollbackRequest{devices, force}, &v)
+}
+
 // DestroySnapshots destroys snapshots. Those in use are refused without force.
 func (c *Client) DestroySnapshots(ctx context.Context, names []string, force bool) error {
 	v := url.Values{"name": names}

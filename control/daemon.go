@@ -4,6 +4,7 @@
 package control
 
 import (
+	"context"
 	"log/slog"
 	"slices"
 	"sync"
@@ -33,6 +34,9 @@ type Daemon struct {
 	// has failed: before, nobody is shown a set that lacks some.
 	complete chan struct{}
 
+	// rollbacks are those that run.
+	rollbacks sync.WaitGroup
+
 	// Locks, in the order in which they are taken.
 
 	// changing serializes taking and destroying snapshots and removing devices,
@@ -53,9 +57,13 @@ type Daemon struct {
 	treeless  bool            // the tree was unmounted under clients: end with the last one
 	tree      *fusefs.Tree    // nil where there is none
 	onLow     func(store.LowSpace)
-	run       string   // directory of the set file, empty where there is none
-	dirs      []string // where we keep state
-	members   members  // as it was at the start
+
+	// disconnect cuts off the clients of an export; nil while there is no server.
+	disconnect func(ctx context.Context, export string) error
+
+	run     string   // directory of the set file, empty where there is none
+	dirs    []string // where we keep state
+	members members  // as it was at the start
 }
 
 // device is a device in the set.
@@ -63,7 +71,11 @@ type device struct {
 	*cow.Device
 	request DeviceRequest
 	added   bool // at run time
-	clients int  // NBD connections to its live export; protected by Daemon.mu
+
+	// Protected by Daemon.mu:
+
+	clients int    // NBD connections to its live export
+	rolling string // snapshot that it is being rolled back to, empty for none
 }
 
 func newDaemon(version string, log *slog.Logger, cat *cow.Catalogue, pool *store.Pool, uri func(string) string) *Daemon {

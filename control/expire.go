@@ -61,7 +61,7 @@ func (d *Daemon) expire(ctx context.Context) {
 
 func (d *Daemon) expireAt(now time.Time) {
 	for _, s := range d.allSnapshots() {
-		if end := expires(s); end.IsZero() || now.Before(end) {
+		if end := expires(s); end.IsZero() || now.Before(end) || d.isRollingBack(s.Name()) {
 			continue
 		}
 		d.record("snapshot-expired", "", s.Name(), "its time to live is over")

@@ -76,6 +76,8 @@ func (e exports) openDevice(name string) (intercept.Export, error) {
 		return intercept.Export{}, refuse(syscall.ENOENT, "name an export: there are %s", plural(len(e.d.devices), "device"))
 	case dev == nil:
 		return intercept.Export{}, unknownDevice(name)
+	case dev.rolling != "":
+		return intercept.Export{}, errRollingBack(dev)
 	}
 	e.d.countClientLocked(dev)
 	return intercept.Export{

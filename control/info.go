@@ -26,16 +26,28 @@ func (d *Daemon) describeDevice(dev *device) DeviceInfo {
 	d.mu.Lock()
 	clients, snapshots := dev.clients, d.snapshotsOfLocked(dev.Name())
 	d.mu.Unlock()
+	state := d.stateOf(dev)
 	return DeviceInfo{
 		Name:      dev.Name(),
 		Origin:    dev.Origin(),
 		Size:      dev.Size(),
 		URI:       d.uri(dev.Name()),
-		State:     dev.State(),
+		State:     state,
 		Clients:   clients,
 		Snapshots: snapshots,
 		CBT:       describeChanges(dev.Changes()),
 	}
+}
+
+// stateOf is what a device's state says, also that it is being rolled back.
+func (d *Daemon) stateOf(dev *device) string {
+	d.mu.Lock()
+	rolling := dev.rolling
+	d.mu.Unlock()
+	if rolling == "" {
+		return dev.State()
+	}
+	return dev.State() + ", rolling back to " + rolling
 }
 
 func describeChanges(c *cow.Changes) ChangesInfo {

@@ -50,7 +50,8 @@ func (s *service) open(ctx context.Context, passed []net.Listener) error {
 	if err := s.listen(ctx, passed); err != nil {
 		return err
 	}
-	s.later(s.daemon.closeDevices)
+	s.later(s.daemon.awaitRollbacks)
+	s.later(s.daemon.closeDevices) // which ends them
 	if err := s.openDevices(left); err != nil {
 		return err
 	}
@@ -61,6 +62,7 @@ func (s *service) open(ctx context.Context, passed []net.Listener) error {
 	s.daemon.setDirs(s.set.run, s.set.state)
 	s.daemon.keepMembers(s.set.run, left)
 	s.runOnLow()
+	s.daemon.resumeRollbacks()
 	return nil
 }
 

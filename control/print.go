@@ -89,6 +89,12 @@ func (o Output) Taken(v SnapshotInfo) error {
 	return err
 }
 
+// RolledBack prints which devices were rolled back to a snapshot.
+func (o Output) RolledBack(v RollbackInfo, snapshot string) error {
+	_, err := fmt.Fprintf(o, "%s rolled back to %s\n", strings.Join(v.Devices, ", "), snapshot)
+	return err
+}
+
 // Version prints what the daemon is.
 func (o Output) Version(v VersionInfo) error {
 	_, err := fmt.Fprintf(o, "daemon  blksnap %s  process %d\n", v.Version, v.PID)

@@ -37,6 +37,7 @@ func (s *service) run(ctx context.Context, out io.Writer) error {
 	serving, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
 	nbd := intercept.NewServer(intercept.Options{Exports: exports{s.daemon}, Log: s.log, TLS: s.set.tls, IdleTimeout: s.set.idleTimeout})
+	s.daemon.setDisconnect(nbd.Disconnect)
 	api := newServer(serving, s.daemon)
 	failed := make(chan error, len(s.nbdOn)+1)
 	var running sync.WaitGroup

@@ -69,6 +69,9 @@ func handler(d *Daemon) http.Handler {
 	handle("GET /snapshots", func(*http.Request) (any, error) { return d.snapshotInfos(), nil })
 	handle("GET /snapshots/{name}", func(r *http.Request) (any, error) { return d.snapshotInfo(r.PathValue("name")) })
 	handle("POST /snapshots", body(d.takeSnapshot))
+	handle("POST /snapshots/{name}/rollback", func(r *http.Request) (any, error) {
+		return body(func(q RollbackRequest) (RollbackInfo, error) { return d.rollBack(r.Context(), r.PathValue("name"), q) })(r)
+	})
 	handle("POST /freeze", body(d.checkFreeze))
 	handle("DELETE /snapshots", func(r *http.Request) (any, error) {
 		q := r.URL.Query()

@@ -158,7 +158,11 @@ func (d *Daemon) snapshot(name string) (*cow.Snapshot, error) {
 	if s, ok := d.snapshotLocked(name); ok {
 		return s, nil
 	}
-	return nil, refuse(syscall.ENOENT, "there is no snapshot %q", clip(name))
+	return nil, unknownSnapshot(name)
+}
+
+func unknownSnapshot(name string) error {
+	return refuse(syscall.ENOENT, "there is no snapshot %q", clip(name))
 }
 
 // allSnapshots are all snapshots, oldest first.

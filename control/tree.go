@@ -82,6 +82,8 @@ type treeDevice struct {
 
 func (v treeDevice) URI() string { return v.d.uri(v.Name()) }
 
+func (v treeDevice) State() string { return v.d.stateOf(v.device) }
+
 func (v treeDevice) Tracking() fusefs.Tracking { return v.Changes() }
 
 func (v treeDevice) Changes() fusefs.Changes {

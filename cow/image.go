@@ -85,9 +85,9 @@ func (i *Image) Release() {
 func (i *Image) busyLocked(force bool) error {
 	switch {
 	case i.device.rollback.Load() == i:
-		return ErrRollback
+		return fmt.Errorf("image of %s: %w", i.device.name, ErrRollback)
 	case i.users > 0 && !force:
-		return fmt.Errorf("is in use: %w", syscall.EBUSY)
+		return fmt.Errorf("image of %s is in use: %w", i.device.name, syscall.EBUSY)
 	}
 	return nil
 }

@@ -314,7 +314,7 @@ func (s *Snapshot) Destroy(force bool) error {
 	for _, i := range s.images {
 		if err := i.busyLocked(force); err != nil {
 			s.mu.Unlock()
-			return fmt.Errorf("destroy snapshot %s: image of %s: %w", s.name, i.device.name, err)
+			return fmt.Errorf("destroy snapshot %s: %w", s.name, err)
 		}
 	}
 	s.destroyed = true

@@ -1,0 +1,104 @@
+// An origin whose writes wait for the test.
+
+package test
+
+import (
+	"context"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/hanwen/go-fuse/v2/fs"
+	"github.com/hanwen/go-fuse/v2/fuse"
+)
+
+// gatedFile is a file in this process's memory, as others see it through FUSE.
+type gatedFile struct {
+	fs.Inode
+
+	entered chan struct{} // gets a value from each write that waits
+	slow    atomic.Int64  // how long each write takes at least, in ns
+
+	mu   sync.Mutex
+	data []byte
+	gate chan struct{} // writes wait until it is closed; nil: they do not
+}
+
+// gatedOrigin returns the path of a file of size zeroes, and the file.
+func gatedOrigin(t *testing.T, size int64) (string, *gatedFile) {
+	t.Helper()
+	dir := scratch(t)
+	f := &gatedFile{data: make([]byte, size), entered: make(chan struct{}, 1)}
+	root := &fs.Inode{}
+	server, err := fs.Mount(dir, root, &fs.Options{
+		MountOptions: fuse.MountOptions{DirectMountStrict: true, Name: "gate", MaxWrite: 128 * kiB},
+		OnAdd: func(ctx context.Context) {
+			root.AddChild("disk.img", root.NewPersistentInode(ctx, f, fs.StableAttr{Mode: syscall.S_IFREG}), false)
+		},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		f.open()
+		if err := server.Unmount(); err != nil {
+			t.Errorf("unmount the origin: %v", err)
+		}
+		server.Wait()
+	})
+	return filepath.Join(dir, "disk.img"), f
+}
+
+// shut lets writes wait from now on.
+func (f *gatedFile) shut() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.gate = make(chan struct{})
+}
+
+// open lets them go on.
+func (f *gatedFile) open() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.gate != nil {
+		close(f.gate)
+		f.gate = nil
+	}
+}
+
+func (f *gatedFile) Getattr(_ context.Context, _ fs.FileHandle, out *fuse.AttrOut) syscall.Errno {
+	out.Mode, out.Size = 0o600, uint64(len(f.data))
+	return 0
+}
+
+func (f *gatedFile) Open(context.Context, uint32) (fs.FileHandle, uint32, syscall.Errno) {
+	return nil, fuse.FOPEN_DIRECT_IO, 0
+}
+
+func (f *gatedFile) Read(_ context.Context, _ fs.FileHandle, p []byte, off int64) (fuse.ReadResult, syscall.Errno) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return fuse.ReadResultData(p[:copy(p, f.data[min(off, int64(len(f.data))):])]), 0
+}
+
+func (f *gatedFile) Write(_ context.Context, _ fs.FileHandle, p []byte, off int64) (uint32, syscall.Errno) {
+	f.mu.Lock()
+	gate := f.gate
+	f.mu.Unlock()
+	if gate != nil {
+		select {
+		case f.entered <- struct{}{}:
+		default: // one is enough
+		}
+		<-gate
+	}
+	time.Sleep(time.Duration(f.slow.Load()))
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return uint32(copy(f.data[off:], p)), 0
+}
+
+func (f *gatedFile) Fsync(context.Context, fs.FileHandle, uint32) syscall.Errno { return 0 }
