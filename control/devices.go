@@ -186,7 +186,7 @@ func (d *Daemon) takeOut(name string) (*device, error) {
 		return nil, refuse(syscall.EBUSY, "device %s has %s open", name, plural(dev.clients, "NBD connection"))
 	}
 	delete(d.devices, name)
-	d.number = max(d.number, dev.Changes().Number())
+	d.number = max(d.number, dev.Tracking().Number())
 	return dev, nil
 }
 

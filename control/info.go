@@ -35,7 +35,7 @@ func (d *Daemon) describeDevice(dev *device) DeviceInfo {
 		State:     state,
 		Clients:   clients,
 		Snapshots: snapshots,
-		CBT:       describeChanges(dev.Changes()),
+		CBT:       describeChanges(dev.Tracking()),
 	}
 }
 
@@ -50,8 +50,17 @@ func (d *Daemon) stateOf(dev *device) string {
 	return dev.State() + ", rolling back to " + rolling
 }
 
-func describeChanges(c *cow.Changes) ChangesInfo {
-	return ChangesInfo{c.BlockSize(), c.Generation(), c.Number(), c.Base()}
+// tracking is what a device's change tracking is called and counts, as of now or
+// frozen with an image.
+type tracking interface {
+	BlockSize() int64
+	Generation() string
+	Number() uint64
+	Base() uint64
+}
+
+func describeChanges(t tracking) ChangesInfo {
+	return ChangesInfo{t.BlockSize(), t.Generation(), t.Number(), t.Base()}
 }
 
 func (d *Daemon) snapshotInfos() []SnapshotInfo {

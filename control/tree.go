@@ -84,7 +84,9 @@ func (v treeDevice) URI() string { return v.d.uri(v.Name()) }
 
 func (v treeDevice) State() string { return v.d.stateOf(v.device) }
 
-func (v treeDevice) Tracking() fusefs.Tracking { return v.Changes() }
+func (v treeDevice) Tracking() fusefs.Tracking {
+	return treeTracking{v.device.Tracking(), v.d, v.Name()}
+}
 
 func (v treeDevice) Changes() fusefs.Changes {
 	return treeChanges{v.device.Changes(), v.d, v.Name()}
@@ -118,6 +120,16 @@ type treeImage struct {
 func (v treeImage) Changes() fusefs.Changes {
 	return treeChanges{v.Image.Changes(), v.d, v.Device().Name()}
 }
+
+// treeTracking adds to where a device's change tracking stands which of its snapshots
+// exist.
+type treeTracking struct {
+	cow.Tracking
+	d      *Daemon
+	device string
+}
+
+func (t treeTracking) Numbers() []uint64 { return t.d.numbers(t.device, t.Base(), t.Number()) }
 
 // treeChanges adds to a device's change tracking which of its snapshots exist.
 type treeChanges struct {
