@@ -184,7 +184,7 @@ func (o Output) Snapshot(v SnapshotInfo) error {
 func (v SpaceInfo) text() string {
 	text := fmt.Sprintf("%s of %s free", people(v.Free), people(v.Size))
 	if v.Left > 0 {
-		text += fmt.Sprintf(", full in %s at the present rate, %s a second", span(v.Left), people(v.Rate))
+		text += fmt.Sprintf(", full in %s at the present rate, %s", span(v.Left), rate(v.Rate))
 	}
 	return text
 }

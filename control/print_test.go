@@ -33,6 +33,24 @@ func TestPeople(t *testing.T) {
 	}
 }
 
+func TestRate(t *testing.T) {
+	for _, tc := range []struct {
+		in   int64
+		want string
+	}{
+		{1, "1 byte a second"},
+		{341, "341 bytes a second"},
+		{1024, "1KiB a second"},
+		{302857, "295.8KiB a second"},
+		{1 << 20, "1MiB a second"},
+		{1067325, "1.0MiB a second"},
+	} {
+		if got := rate(tc.in); got != tc.want {
+			t.Errorf("rate(%d)\n got %s\nwant %s", tc.in, got, tc.want)
+		}
+	}
+}
+
 // golden values, as a terminal and a script see them.
 var (
 	goldenChanges = ChangesInfo{65536, "449b2d0a-4d78-44d8-ab22-55a28bb7e11d", 12, 10}

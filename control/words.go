@@ -17,12 +17,29 @@ func people(n int64) string {
 	if len(exact) <= len("1023KiB") {
 		return exact
 	}
+	return rounded(n)
+}
+
+// rounded is a size with a unit and one digit.
+func rounded(n int64) string {
 	units := []string{"B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"}
 	f, u := float64(n), 0
 	for ; f >= 1023.95 && u < len(units)-1; u++ {
 		f /= 1024
 	}
 	return fmt.Sprintf("%.1f%s", f, units[u])
+}
+
+// rate is how many bytes there are in a second, never without a unit: nothing else
+// says that it counts bytes.
+func rate(n int64) string {
+	switch {
+	case n < 1024:
+		return plural(int(n), "byte") + " a second"
+	case n%1024 == 0:
+		return people(n) + " a second"
+	}
+	return rounded(n) + " a second"
 }
 
 // sizeLine is a size in bytes, and as people read it where that differs.
