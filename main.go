@@ -122,12 +122,14 @@ func (c *deviceRemoveCmd) Run(ctx context.Context) error {
 
 type deviceResizeCmd struct {
 	remote
-	Name   string       `arg:"" help:"The device."`
-	Shrink control.Size `placeholder:"SIZE" help:"Cut the origin, a file, to SIZE before, after what snapshots need of the rest was preserved."`
+	Name   string        `arg:"" help:"The device."`
+	Shrink *control.Size `placeholder:"SIZE" help:"Cut the origin, a file, to SIZE before, after what snapshots need of the rest was preserved."`
 }
 
+func (c *deviceResizeCmd) Validate() error { return positive("--shrink", c.Shrink) }
+
 func (c *deviceResizeCmd) Run(ctx context.Context, w io.Writer) error {
-	v, err := c.client().ResizeDevice(ctx, c.Name, int64(c.Shrink))
+	v, err := c.client().ResizeDevice(ctx, c.Name, int64(orZero(c.Shrink)))
 	return show(v, err, control.Output{Writer: w}.Added)
 }
 
@@ -137,16 +139,17 @@ type snapshotCreateCmd struct {
 	Named  *string  `name:"name" placeholder:"NAME" help:"The same as the argument."`
 	Device []string `placeholder:"DEVICE" sep:"none" help:"Of this device alone; repeatable (default: of all of them, at one instant)."`
 
-	Writable bool         `help:"Make images that can be written to; what is written belongs to the image alone."`
-	MaxStore control.Size `placeholder:"SIZE" help:"How much of the snapstore it may need; when it needs more it alone is lost (all of it)."`
+	Writable bool          `help:"Make images that can be written to; what is written belongs to the image alone."`
+	MaxStore *control.Size `placeholder:"SIZE" help:"How much of the snapstore it may need; when it needs more it alone is lost (all of it)."`
 
-	Freeze []string      `placeholder:"MOUNTPOINT" sep:"none" help:"Freeze this file system around the instant; repeatable."`
-	Before string        `placeholder:"CMD" help:"Run CMD with sh before; if it fails no snapshot is taken."`
-	After  string        `placeholder:"CMD" help:"Run CMD with sh after, whatever happened."`
-	TTL    time.Duration `name:"ttl" placeholder:"DURATION" help:"Destroy the snapshot after this time, also if it is in use (never)."`
+	Freeze []string       `placeholder:"MOUNTPOINT" sep:"none" help:"Freeze this file system around the instant; repeatable."`
+	Before string         `placeholder:"CMD" help:"Run CMD with sh before; if it fails no snapshot is taken."`
+	After  string         `placeholder:"CMD" help:"Run CMD with sh after, whatever happened."`
+	TTL    *time.Duration `name:"ttl" placeholder:"DURATION" help:"Destroy the snapshot after this time, also if it is in use (never)."`
 }
 
-// Validate refuses two names, and an empty one: a script's variable was not set.
+// Validate refuses two names, an empty one (a script's variable was not set), and
+// limits that are none.
 func (c *snapshotCreateCmd) Validate() error {
 	switch {
 	case c.Name != nil && c.Named != nil:
@@ -157,7 +160,23 @@ func (c *snapshotCreateCmd) Validate() error {
 	if c.Name != nil && *c.Name == "" {
 		return errors.New("NAME is empty")
 	}
+	return errors.Join(positive("--ttl", c.TTL), positive("--max-store", c.MaxStore))
+}
+
+// positive refuses 0 and less for a flag that was given: a script has computed it, and
+// it would stand for no limit.
+func positive[T ~int64](flag string, v *T) error {
+	if v != nil && *v <= 0 {
+		return fmt.Errorf("%s must be more than 0", flag)
+	}
 	return nil
+}
+
+func orZero[T any](p *T) (v T) {
+	if p != nil {
+		v = *p
+	}
+	return v
 }
 
 func (c *snapshotCreateCmd) Run(ctx context.Context, w io.Writer) error {
@@ -166,7 +185,7 @@ func (c *snapshotCreateCmd) Run(ctx context.Context, w io.Writer) error {
 		name = *c.Name
 	}
 	v, err := c.client().Take(ctx, control.Taking{
-		SnapshotRequest: control.SnapshotRequest{Name: name, Devices: c.Device, TTL: c.TTL, Writable: c.Writable, MaxStore: int64(c.MaxStore)},
+		SnapshotRequest: control.SnapshotRequest{Name: name, Devices: c.Device, TTL: orZero(c.TTL), Writable: c.Writable, MaxStore: int64(orZero(c.MaxStore))},
 		Freeze:          c.Freeze, Before: c.Before, After: c.After,
 	})
 	return show(v, err, control.Output{Writer: w}.Taken)

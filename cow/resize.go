@@ -70,7 +70,7 @@ func (d *Device) Shrink(size int64) error {
 	defer release()
 	was := d.Size()
 	if size <= 0 || size >= was || size%SectorSize != 0 {
-		return fmt.Errorf("shrink %s from %d to %d bytes: %w", d.name, was, size, syscall.EINVAL)
+		return fmt.Errorf("shrink %s from %d to %d bytes, which are not less, or no multiple of %d: %w", d.name, was, size, SectorSize, syscall.EINVAL)
 	}
 	if err = d.preserveTail(size); err == nil {
 		err = d.cut(size, func() error {
