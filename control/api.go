@@ -13,10 +13,10 @@
 //	POST   /devices/NAME/cbt/reset
 //	GET    /snapshots                     []SnapshotInfo, oldest first
 //	POST   /snapshots                     SnapshotRequest -> SnapshotInfo
+//	POST   /snapshots/destroy             DestroyRequest
 //	POST   /freeze                        FreezeRequest: refused if they must not be frozen
 //	GET    /snapshots/NAME                SnapshotInfo
 //	POST   /snapshots/NAME/rollback       RollbackRequest -> RollbackInfo
-//	DELETE /snapshots                     name (repeated), force
 //	GET    /store                         []PartInfo
 //	POST   /store                         PartRequest
 //	GET    /events                        Event, one a line; follow
@@ -117,6 +117,12 @@ type DeviceRequest struct {
 	Name   string `json:"name"`
 	Origin string `json:"origin"`
 	DeviceConfig
+}
+
+// DestroyRequest asks for snapshots to be destroyed.
+type DestroyRequest struct {
+	Names []string `json:"names"`
+	Force bool     `json:"force,omitempty"` // also those in use
 }
 
 // RollbackRequest asks for devices to become what they were at a snapshot.

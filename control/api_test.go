@@ -134,6 +134,10 @@ func TestAPIErrors(t *testing.T) {
 		_, err := collect(c.Extents(ctx, "vda", q))
 		return err
 	}
+	var many []string // more than a request's line has room for
+	for n := range 2000 {
+		many = append(many, fmt.Sprintf("%064d", n))
+	}
 	for _, tc := range []struct {
 		name   string
 		err    error
@@ -143,6 +147,10 @@ func TestAPIErrors(t *testing.T) {
 	}{
 		{"unknown device", second(c.Device(ctx, "nope")), syscall.ENOENT, 1, `there is no device "nope"`},
 		{"device name with a slash", second(c.Device(ctx, "../x")), syscall.ENOENT, 1, `there is no device "../x"`},
+		{"device without a name", second(c.Changes(ctx, "")), syscall.ENOENT, 1, `there is no device ""`},
+		{"device that is a path", c.RemoveDevice(ctx, ".."), syscall.ENOENT, 1, `there is no device ".."`},
+		{"snapshot that is a path", second(c.Snapshot(ctx, ".")), syscall.ENOENT, 1, `there is no snapshot "."`},
+		{"rollback to nothing", second(c.RollBack(ctx, "", nil, false)), syscall.ENOENT, 1, `there is no snapshot ""`},
 		{"device exists", second(c.AddDevice(ctx, "vda="+origin, DeviceConfig{})), syscall.EEXIST, 1, "device vda exists already"},
 		{"origin in use", second(c.AddDevice(ctx, "x="+vda.Origin, DeviceConfig{})), syscall.EBUSY, 1,
 			"add device x: origin " + vda.Origin + " is device vda already"},
@@ -154,6 +162,7 @@ func TestAPIErrors(t *testing.T) {
 		{"reserved name", second(c.TakeSnapshot(ctx, SnapshotRequest{Name: "latest"})), syscall.EINVAL, 1, `snapshot name "latest" is reserved`},
 		{"unknown snapshot", second(c.Snapshot(ctx, "nope")), syscall.ENOENT, 1, `there is no snapshot "nope"`},
 		{"destroy one that does not exist", c.DestroySnapshots(ctx, []string{"taken", "nope"}, false), syscall.ENOENT, 1, `there is no snapshot "nope"`},
+		{"destroy many", c.DestroySnapshots(ctx, many, false), syscall.ENOENT, 1, `there is no snapshot "` + many[0] + `"`},
 		{"range beyond the end", c.Mark(ctx, "vda", []Range{{0, 1}, {1 << 20, 1}}), syscall.EINVAL, 1, "range 1048576:1 is not inside the device's 1048576 bytes"},
 		{"extents of nothing", extents(ExtentsQuery{Since: "x"}), syscall.EINVAL, 1, `since "x" is neither a snapshot's number nor all`},
 		{"number in another form", extents(ExtentsQuery{Since: "007"}), syscall.EINVAL, 1, `since "007" is neither a snapshot's number nor all`},

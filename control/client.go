@@ -35,6 +35,30 @@ func NewClient(path string) *Client {
 	return c
 }
 
+// resource is what has a name: a device or a snapshot.
+type resource struct{ kind, name string }
+
+func deviceNamed(name string) resource   { return resource{"device", name} }
+func snapshotNamed(name string) resource { return resource{"snapshot", name} }
+
+// path is where the resource is. What cannot be a name is none: a path with it, such
+// as /devices/.., is that of something else.
+func (r resource) path() (string, error) {
+	if !isName(r.name) {
+		return "", unknown(r.kind, r.name)
+	}
+	return "/" + r.kind + "s/" + r.name, nil
+}
+
+// callOf is call for something that r has.
+func (c *Client) callOf(ctx context.Context, method string, r resource, of string, in, out any) error {
+	path, err := r.path()
+	if err != nil {
+		return err
+	}
+	return c.call(ctx, method, path+of, in, out)
+}
+
 // Version asks who answers.
 func (c *Client) Version(ctx context.Context) (v VersionInfo, err error) {
 	return v, c.call(ctx, "GET", "/version", nil, &v)
@@ -47,7 +71,7 @@ func (c *Client) Devices(ctx context.Context) (l []DeviceInfo, err error) {
 
 // Device describes one device.
 func (c *Client) Device(ctx context.Context, name string) (v DeviceInfo, err error) {
-	return v, c.call(ctx, "GET", "/devices/"+url.PathEscape(name), nil, &v)
+	return v, c.callOf(ctx, "GET", deviceNamed(name), "", nil, &v)
 }
 
 // AddDevice puts [NAME=]ORIGIN under tracking.
@@ -75,18 +99,18 @@ func (c *Client) AddPart(ctx context.Context, text string, force bool) error {
 
 // RemoveDevice ends a device's tracking. Its origin stays as it is.
 func (c *Client) RemoveDevice(ctx context.Context, name string) error {
-	return c.call(ctx, "DELETE", "/devices/"+url.PathEscape(name), nil, nil)
+	return c.callOf(ctx, "DELETE", deviceNamed(name), "", nil, nil)
 }
 
 // ResizeDevice makes a device as long as its origin is, which is cut to shrink bytes
 // before, if that is not 0.
 func (c *Client) ResizeDevice(ctx context.Context, name string, shrink int64) (v DeviceInfo, err error) {
-	return v, c.call(ctx, "POST", "/devices/"+url.PathEscape(name)+"/resize", ResizeRequest{shrink}, &v)
+	return v, c.callOf(ctx, "POST", deviceNamed(name), "/resize", ResizeRequest{shrink}, &v)
 }
 
 // Changes describes a device's change tracking.
 func (c *Client) Changes(ctx context.Context, device string) (v ChangesInfo, err error) {
-	return v, c.call(ctx, "GET", "/devices/"+url.PathEscape(device)+"/cbt", nil, &v)
+	return v, c.callOf(ctx, "GET", deviceNamed(device), "/cbt", nil, &v)
 }
 
 // Extents yields what a copy of a device has to read, in order and disjoint.
@@ -100,17 +124,21 @@ func (c *Client) Extents(ctx context.Context, device string, q ExtentsQuery) ite
 	if q.Generation != "" {
 		v.Set("generation", q.Generation)
 	}
-	return lines[Extent](ctx, c, "/devices/"+url.PathEscape(device)+"/cbt/extents?"+v.Encode())
+	path, err := deviceNamed(device).path()
+	if err != nil {
+		return func(yield func(Extent, error) bool) { yield(Extent{}, err) }
+	}
+	return lines[Extent](ctx, c, path+"/cbt/extents?"+v.Encode())
 }
 
 // Mark makes ranges of a device count as changed.
 func (c *Client) Mark(ctx context.Context, device string, ranges []Range) error {
-	return c.call(ctx, "POST", "/devices/"+url.PathEscape(device)+"/cbt/mark", MarkRequest{ranges}, nil)
+	return c.callOf(ctx, "POST", deviceNamed(device), "/cbt/mark", MarkRequest{ranges}, nil)
 }
 
 // ResetChanges begins a new generation of a device's change tracking.
 func (c *Client) ResetChanges(ctx context.Context, device string) error {
-	return c.call(ctx, "POST", "/devices/"+url.PathEscape(device)+"/cbt/reset", nil, nil)
+	return c.callOf(ctx, "POST", deviceNamed(device), "/cbt/reset", nil, nil)
 }
 
 // Snapshots are sorted by age, the oldest first.
@@ -120,7 +148,7 @@ func (c *Client) Snapshots(ctx context.Context) (l []SnapshotInfo, err error) {
 
 // Snapshot describes one snapshot.
 func (c *Client) Snapshot(ctx context.Context, name string) (v SnapshotInfo, err error) {
-	return v, c.call(ctx, "GET", "/snapshots/"+url.PathEscape(name), nil, &v)
+	return v, c.callOf(ctx, "GET", snapshotNamed(name), "", nil, &v)
 }
 
 // TakeSnapshot takes a snapshot of the named devices, or of all of them.
@@ -131,16 +159,12 @@ func (c *Client) TakeSnapshot(ctx context.Context, q SnapshotRequest) (v Snapsho
 // RollBack makes devices what they were at a snapshot: those that are named, or all of
 // its devices. With clients on one it is refused without force.
 func (c *Client) RollBack(ctx context.Context, name string, devices []string, force bool) (v RollbackInfo, err error) {
-	return v, c.call(ctx, "POST", "/snapshots/"+url.PathEscape(name)+"/rollback", RollbackRequest{devices, force}, &v)
+	return v, c.callOf(ctx, "POST", snapshotNamed(name), "/rollback", RollbackRequest{devices, force}, &v)
 }
 
 // DestroySnapshots destroys snapshots. Those in use are refused without force.
 func (c *Client) DestroySnapshots(ctx context.Context, names []string, force bool) error {
-	v := url.Values{"name": names}
-	if force {
-		v.Set("force", "")
-	}
-	return c.call(ctx, "DELETE", "/snapshots?"+v.Encode(), nil, nil)
+	return c.call(ctx, "POST", "/snapshots/destroy", DestroyRequest{names, force}, nil)
 }
 
 // Store describes the parts of the snapstore, in order of preference.

@@ -220,7 +220,7 @@ func (d *Daemon) sortedDevices() []*device {
 }
 
 func unknownDevice(name string) error {
-	return refuse(syscall.ENOENT, "there is no device %q", clip(name))
+	return unknown("device", name)
 }
 
 func errStopping() error {

@@ -32,6 +32,11 @@ func refuse(errno syscall.Errno, format string, args ...any) error {
 	return &refusal{fmt.Sprintf(format, args...), errno}
 }
 
+// unknown refuses the name of a device or a snapshot that nothing has.
+func unknown(kind, name string) error {
+	return refuse(syscall.ENOENT, "there is no %s %q", kind, clip(name))
+}
+
 // Error is an error as the control socket carries it.
 type Error struct {
 	Kind Kind   `json:"kind"`

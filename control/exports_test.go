@@ -174,7 +174,7 @@ func TestDestroySeveral(t *testing.T) {
 		take(t, d, name)
 	}
 	inA, inC := open(t, d, "vdb@a"), open(t, d, "vda@c")
-	err := d.destroySnapshots([]string{"c", "d", "a", "b", "a"}, false)
+	err := d.destroySnapshots(DestroyRequest{Names: []string{"c", "d", "a", "b", "a"}})
 	if !errors.Is(err, syscall.EBUSY) {
 		t.Errorf("destroy some that are in use\n got %v\nwant %v", err, syscall.EBUSY)
 	}
@@ -185,7 +185,7 @@ func TestDestroySeveral(t *testing.T) {
 	}
 	inA.Release()
 	inC.Release()
-	wantError(t, "destroy them when they are not", d.destroySnapshots([]string{"a", "c"}, false), "<nil>")
+	wantError(t, "destroy them when they are not", d.destroySnapshots(DestroyRequest{Names: []string{"a", "c"}}), "<nil>")
 }
 
 // TestBlockStatus compares the extents of live devices and images, for random

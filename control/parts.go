@@ -32,6 +32,11 @@ func (d *Daemon) addPart(ctx context.Context, q PartRequest) (any, error) {
 				return nil, refuse(syscall.EBUSY, "snapstore %s is the origin of device %s", spec, dev.Name())
 			}
 		}
+		for _, p := range d.pool.Parts() {
+			if sameStorage(spec.Path, p.Spec.Path) {
+				return nil, refuse(syscall.EEXIST, "snapstore %s is one of its parts already", spec)
+			}
+		}
 		if err := checkGround(ctx, "snapstore", spec.Path); err != nil {
 			return nil, err
 		}

@@ -73,10 +73,7 @@ func handler(d *Daemon) http.Handler {
 		return body(func(q RollbackRequest) (RollbackInfo, error) { return d.rollBack(r.Context(), r.PathValue("name"), q) })(r)
 	})
 	handle("POST /freeze", body(d.checkFreeze))
-	handle("DELETE /snapshots", func(r *http.Request) (any, error) {
-		q := r.URL.Query()
-		return nil, d.destroySnapshots(q["name"], q.Has("force"))
-	})
+	handle("POST /snapshots/destroy", body(func(q DestroyRequest) (any, error) { return nil, d.destroySnapshots(q) }))
 	handle("POST /store", func(r *http.Request) (any, error) {
 		return body(func(q PartRequest) (any, error) { return d.addPart(r.Context(), q) })(r)
 	})

@@ -99,16 +99,17 @@ func (d *Daemon) choose(name string, devices []string) (string, []*cow.Device, e
 // destroySnapshots destroys snapshots, those in use only if force is set. An
 // unknown name is refused before any is destroyed. The error tells of each that is
 // in use; the others are destroyed all the same.
-func (d *Daemon) destroySnapshots(names []string, force bool) error {
-	for _, n := range names {
+func (d *Daemon) destroySnapshots(q DestroyRequest) error {
+	for _, n := range q.Names {
 		if _, err := d.snapshot(n); err != nil {
 			return err
 		}
 	}
+	names := slices.Clone(q.Names)
 	slices.Sort(names)
 	var errs []error
 	for _, n := range slices.Compact(names) {
-		errs = append(errs, d.destroy(n, force))
+		errs = append(errs, d.destroy(n, q.Force))
 	}
 	return errors.Join(errs...)
 }
@@ -162,7 +163,7 @@ func (d *Daemon) snapshot(name string) (*cow.Snapshot, error) {
 }
 
 func unknownSnapshot(name string) error {
-	return refuse(syscall.ENOENT, "there is no snapshot %q", clip(name))
+	return unknown("snapshot", name)
 }
 
 // allSnapshots are all snapshots, oldest first.
