@@ -354,8 +354,8 @@ func run(args []string) (status int, err error) {
 }
 
 func main() {
-	if control.IsFreezer(os.Args) { // startFreezer runs us so
-		os.Exit(control.Freezer(os.Args, os.Stdin, os.Stdout))
+	if status, ok := control.Helper(os.Args, os.Stdin, os.Stdout); ok { // snapshot create runs us so
+		os.Exit(status)
 	}
 	status, err := run(os.Args[1:])
 	if err != nil {

@@ -3,22 +3,21 @@
 // A frozen file system stops everybody who writes to it, so it must be thawed
 // whatever happens: the daemon may hang, and we may be killed. So another process
 // freezes and thaws, the freezer. It thaws when we say so, when we are gone, and
-// when its time is over; and if it is gone, we thaw.
+// when its time is over, also while it still freezes others of several: what another
+// disk holds up must not hold up all. And when it is gone, we thaw.
 //
-// We talk to it through pipes: it says "frozen", and then waits for the end of its
-// input; "thawed" is its last word, or "late" where its time was over before.
+// It says "frozen", and then waits for the end of its input; "thawed" is its last word,
+// or "late" where its time was over before.
 
 package control
 
 import (
-	"bufio"
 	"errors"
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"os/signal"
-	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -26,8 +25,7 @@ import (
 )
 
 const (
-	// freezerName is what the freezer is called, by which our binary knows that
-	// it is to be one.
+	// freezerName is what the freezer is called.
 	freezerName = "blksnap-freezer"
 
 	// freezeLimit is how long a file system may be frozen.
@@ -38,65 +36,101 @@ const (
 	fiThaw   = 0xC0045878
 )
 
-// IsFreezer says whether the program was called to be a freezer.
-func IsFreezer(args []string) bool { return len(args) > 0 && args[0] == freezerName }
-
 // Freezer is the life of a freezer: it freezes the file systems that are mounted
-// at args[1:], and thaws them as the comment above says. It returns the process's
-// exit status.
-func Freezer(args []string, in io.Reader, out io.Writer) int {
+// at the paths mounts, and thaws them as the comment above says. It returns the
+// process's exit status.
+func Freezer(mounts []string, in io.Reader, out io.Writer) int {
 	// A key that ends our parent ends its input, and that is soon enough.
 	signal.Ignore(os.Interrupt, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGPIPE)
-	thaw, err := freeze(args[1:])
-	if err != nil {
-		fmt.Fprintln(out, err)
-		return 1
-	}
-	fmt.Fprintln(out, "frozen")
-	over := make(chan struct{})
-	go func() {
-		io.Copy(io.Discard, in)
-		close(over)
-	}()
-	word := "thawed"
-	select {
-	case <-over:
-	case <-time.After(freezeLimit):
-		word = "late"
-	}
-	if err := thaw(); err != nil {
-		word = err.Error()
-	}
-	fmt.Fprintln(out, word)
-	return 0
+	z := &freezer{ioctl: unix.IoctlSetInt}
+	return z.live(mounts, inputEnds(in), time.After(freezeLimit), out)
 }
 
-// freeze freezes the file systems one after the other, and none if it cannot
-// freeze all.
-func freeze(mounts []string) (thaw func() error, err error) {
-	var frozen []*os.File
-	thaw = func() error {
-		var errs []error
-		for _, f := range frozen {
-			if err := unix.IoctlSetInt(int(f.Fd()), fiThaw, 0); err != nil {
-				errs = append(errs, fmt.Errorf("thaw %s: %w", f.Name(), err))
+// freezer freezes and thaws.
+type freezer struct {
+	ioctl func(fd int, request uint, value int) error
+
+	// mu protects the fields below. Never held while something freezes.
+	mu     sync.Mutex
+	frozen []*os.File
+	over   bool // what is frozen from now on is thawed at once
+}
+
+// live is Freezer, with what ends it given.
+func (z *freezer) live(mounts []string, over <-chan struct{}, late <-chan time.Time, out io.Writer) (status int) {
+	ended := make(chan error, 1)
+	go func() { ended <- z.freezeAll(mounts) }()
+	freezing, word := ended, ""
+	for word == "" {
+		select {
+		case err := <-freezing:
+			if freezing = nil; err != nil {
+				word, status = err.Error(), 1
+				break
 			}
-			f.Close()
+			fmt.Fprintln(out, "frozen")
+		case <-over:
+			word = "thawed"
+		case <-late:
+			word = "late"
 		}
-		return errors.Join(errs...)
 	}
+	if err := z.thaw(); err != nil {
+		word, status = OneLine(err), 1
+	}
+	fmt.Fprintln(out, word)
+	if freezing != nil {
+		<-freezing // only we thaw what is frozen yet
+	}
+	return status
+}
+
+// freezeAll freezes file systems one after the other, to the first that cannot be.
+func (z *freezer) freezeAll(mounts []string) error {
 	for _, m := range mounts {
-		f, err := os.Open(m)
-		if err != nil {
-			return nil, errors.Join(fmt.Errorf("freeze %s: %w", m, plainPath(err)), thaw())
+		if err := z.freeze(m); err != nil {
+			return fmt.Errorf("freeze %s: %w", m, plainPath(err))
 		}
-		if err := unix.IoctlSetInt(int(f.Fd()), fiFreeze, 0); err != nil {
-			f.Close()
-			return nil, errors.Join(fmt.Errorf("freeze %s: %w", m, err), thaw())
-		}
-		frozen = append(frozen, f)
 	}
-	return thaw, nil
+	return nil
+}
+
+func (z *freezer) freeze(mount string) error {
+	f, err := os.Open(mount)
+	if err != nil {
+		return err
+	}
+	if err := z.ioctl(int(f.Fd()), fiFreeze, 0); err != nil {
+		f.Close()
+		return err
+	}
+	z.mu.Lock()
+	defer z.mu.Unlock()
+	z.frozen = append(z.frozen, f)
+	if z.over {
+		return errors.Join(errors.New("it took too long"), z.thawLocked())
+	}
+	return nil
+}
+
+// thaw thaws what is frozen, and what will be.
+func (z *freezer) thaw() error {
+	z.mu.Lock()
+	defer z.mu.Unlock()
+	z.over = true
+	return z.thawLocked()
+}
+
+func (z *freezer) thawLocked() error {
+	var errs []error
+	for _, f := range z.frozen {
+		if err := z.ioctl(int(f.Fd()), fiThaw, 0); err != nil {
+			errs = append(errs, fmt.Errorf("thaw %s: %w", f.Name(), err))
+		}
+		f.Close()
+	}
+	z.frozen = nil
+	return errors.Join(errs...)
 }
 
 func plainPath(err error) error {
@@ -106,64 +140,51 @@ func plainPath(err error) error {
 	return err
 }
 
-// frozen is a freezer at work, seen from its parent.
-type frozen struct {
-	mounts []string
-	cmd    *exec.Cmd
-	in     io.Closer
-	said   *bufio.Scanner
-}
-
-// startFreezer returns when the file systems are frozen.
-func startFreezer(mounts []string) (*frozen, error) {
-	self, err := os.Executable()
+// startFreezer returns when the file systems are frozen. thaw returns when they are
+// thawed; its error says that they were not frozen all the time, or that they still
+// are.
+func startFreezer(mounts []string) (thaw func() error, err error) {
+	h, err := startHelper(freezerName, mounts, &syscall.SysProcAttr{Setsid: true})
 	if err != nil {
 		return nil, err
 	}
-	f := &frozen{mounts: mounts, cmd: exec.Command(self)}
-	f.cmd.Args = append([]string{freezerName}, mounts...)
-	f.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	in, err := f.cmd.StdinPipe()
-	if err != nil {
-		return nil, err
+	switch word := h.word(); word {
+	case "frozen":
+	case "late":
+		h.in.Close() // what hangs may keep it: nobody waits for it
+		return nil, fmt.Errorf("the file systems could not all be frozen within %v", freezeLimit)
+	case "":
+		h.end()
+		return nil, errors.Join(errFreezerKilled, thawAll(mounts))
+	default:
+		h.end()
+		return nil, errors.New(word)
 	}
-	out, err := f.cmd.StdoutPipe()
-	if err != nil {
-		return nil, err
-	}
-	f.in, f.said = in, bufio.NewScanner(out)
-	if err := f.cmd.Start(); err != nil {
-		return nil, fmt.Errorf("start the freezer: %w", err)
-	}
-	if word := f.word(); word != "frozen" {
-		f.in.Close()
-		f.cmd.Wait()
-		return nil, errors.New(strings.TrimSpace(word))
-	}
-	return f, nil
+	// It may be killed while we wait for a daemon that hangs.
+	thawed := make(chan error, 1)
+	go func() { thawed <- awaitThaw(h, mounts) }()
+	return func() error {
+		h.in.Close()
+		return <-thawed
+	}, nil
 }
 
-// word is the next line that the freezer says, empty when it is gone.
-func (f *frozen) word() string {
-	if f.said.Scan() {
-		return f.said.Text()
-	}
-	return ""
-}
+var errFreezerKilled = errors.New("the freezer was killed")
 
-// thaw returns when the file systems are thawed. An error says that they were not
-// frozen all the time, or that they still are.
-func (f *frozen) thaw() error {
-	f.in.Close()
-	word := f.word()
-	f.cmd.Wait()
+// awaitThaw waits for the freezer's last word, and thaws where there is none.
+func awaitThaw(h *helper, mounts []string) error {
+	word := h.word()
+	if word == "" {
+		err := thawAll(mounts)
+		h.end()
+		return errors.Join(errFreezerKilled, err)
+	}
+	h.end()
 	switch word {
 	case "thawed":
 		return nil
 	case "late":
 		return fmt.Errorf("the file systems had to be thawed after %v, before the snapshot was taken", freezeLimit)
-	case "":
-		return errors.Join(errors.New("the freezer was killed"), thawAll(f.mounts))
 	}
 	return errors.New(word)
 }

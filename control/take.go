@@ -21,7 +21,7 @@ type Taking struct {
 }
 
 // Take takes a snapshot. When it returns, frozen file systems are thawed and After
-// has run, also if ctx has ended. The snapshot is destroyed again where its file
+// has run, also if ctx has ended; and so it is when we are killed. The snapshot is destroyed again where its file
 // systems were not frozen all the time, but it stays where only After fails.
 func (c *Client) Take(ctx context.Context, t Taking) (v SnapshotInfo, err error) {
 	for i, m := range t.Freeze {
@@ -35,10 +35,14 @@ func (c *Client) Take(ctx context.Context, t Taking) (v SnapshotInfo, err error)
 		}
 	}
 	if t.After != "" {
-		defer func() { err = errors.Join(err, around(context.WithoutCancel(ctx), "--after", t.After)) }()
+		after, failed := runAfter(t.After)
+		if failed != nil {
+			return v, failed
+		}
+		defer func() { err = errors.Join(err, after()) }()
 	}
 	if t.Before != "" {
-		if err := around(ctx, "--before", t.Before); err != nil {
+		if err := runBefore(ctx, t.Before); err != nil {
 			return v, err
 		}
 	}
@@ -49,25 +53,25 @@ func (c *Client) takeFrozen(ctx context.Context, t Taking) (v SnapshotInfo, err 
 	if len(t.Freeze) == 0 {
 		return c.TakeSnapshot(ctx, t.SnapshotRequest)
 	}
-	f, err := startFreezer(t.Freeze)
+	thaw, err := startFreezer(t.Freeze)
 	if err != nil {
 		return v, err
 	}
 	v, err = c.TakeSnapshot(ctx, t.SnapshotRequest)
-	thawed := f.thaw()
+	thawed := thaw()
 	if err == nil && thawed != nil {
 		err = c.DestroySnapshots(context.WithoutCancel(ctx), []string{v.Name}, true)
 	}
 	return v, errors.Join(err, thawed)
 }
 
-// around runs a command of the user's. What it prints goes to stderr: stdout is for
+// runBefore runs a command of the user's. What it prints goes to stderr: stdout is for
 // the snapshot's name.
-func around(ctx context.Context, flag, command string) error {
+func runBefore(ctx context.Context, command string) error {
 	cmd := exec.CommandContext(ctx, "sh", "-c", command)
 	cmd.Stdout, cmd.Stderr = os.Stderr, os.Stderr
 	if err := cmd.Run(); err != nil {
-		return fmt.Errorf("%s %q: %w", flag, command, err)
+		return fmt.Errorf("--before %q: %w", command, err)
 	}
 	return nil
 }

@@ -4,6 +4,7 @@
 package test
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -81,14 +82,7 @@ func TestFreeze(t *testing.T) {
 func TestThaw(t *testing.T) {
 	needRoot(t)
 	d, _ := serveOrigin(t, 4*miB)
-	disk := filepath.Join(scratch(t), "other.img")
-	write(t, disk, nil)
-	if err := os.Truncate(disk, 16*miB); err != nil {
-		t.Fatal(err)
-	}
-	run(t, "mkfs.ext4", "-q", "-F", disk)
-	point := mount(t, loop(t, disk, false), "ext4", "")
-	thawAtEnd(t, point)
+	point := mountOther(t)
 
 	t.Run("the command is killed", func(t *testing.T) {
 		cmd := d.command("snapshot", "create", "killed", "--before", "kill -STOP "+pid(d), "--freeze", point)
@@ -100,6 +94,34 @@ func TestThaw(t *testing.T) {
 		cmd.Process.Kill()
 		cmd.Wait()
 		eventually(t, "the file system is thawed", func() bool { return !isFrozen(t, point) })
+	})
+	t.Run("the freezer is killed", func(t *testing.T) {
+		cmd := d.command("snapshot", "create", "alone", "--before", "kill -STOP "+pid(d), "--freeze", point)
+		ended := make(chan result, 1)
+		go func() { ended <- endWithin(t, time.Minute, cmd) }()
+		defer d.cmd.Process.Signal(syscall.SIGCONT)
+		eventually(t, "the file system is frozen", func() bool { return isFrozen(t, point) })
+		children, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", cmd.Process.Pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, list := range children {
+			for _, child := range strings.Fields(read(t, list)) {
+				freezer, err := strconv.Atoi(child)
+				if err != nil {
+					t.Fatal(err)
+				}
+				syscall.Kill(freezer, syscall.SIGKILL)
+			}
+		}
+		eventually(t, "the file system is thawed while the daemon hangs", func() bool { return !isFrozen(t, point) })
+		d.cmd.Process.Signal(syscall.SIGCONT)
+		if r := <-ended; r.status != 1 || !strings.Contains(r.stderr, "the freezer was killed") {
+			t.Errorf("status %d: %s; want status 1 and that the freezer was killed", r.status, r.stderr)
+		}
+		if exists(d.snapshot("alone")) {
+			t.Error("a snapshot stays whose file system was not frozen")
+		}
 	})
 	t.Run("the daemon hangs", func(t *testing.T) {
 		cmd := d.command("snapshot", "create", "late", "--before", "kill -STOP "+pid(d), "--freeze", point)
@@ -116,6 +138,42 @@ func TestThaw(t *testing.T) {
 			t.Error("a snapshot stays whose file system was not frozen")
 		}
 	})
+}
+
+// TestThawWithoutDaemon kills the daemon while a file system is frozen for it.
+func TestThawWithoutDaemon(t *testing.T) {
+	needRoot(t)
+	d, origin := serveOrigin(t, 4*miB)
+	point := mountOther(t)
+	cmd := d.command("snapshot", "create", "s", "--before", "kill -STOP "+pid(d), "--freeze", point)
+	ended := make(chan result, 1)
+	go func() { ended <- endWithin(t, time.Minute, cmd) }()
+	eventually(t, "the file system is frozen", func() bool { return isFrozen(t, point) })
+	d.kill()
+	if r := <-ended; r.status != 1 || strings.Count(r.stderr, "\n") != 1 {
+		t.Errorf("status %d: %q; want status 1 and one line", r.status, r.stderr)
+	}
+	if isFrozen(t, point) {
+		t.Error("the file system is still frozen")
+	}
+	d.start(origin)
+	if exists(d.snapshot("s")) {
+		t.Error("a snapshot was taken")
+	}
+}
+
+// mountOther mounts a file system that the daemon has nothing to do with.
+func mountOther(t *testing.T) string {
+	t.Helper()
+	disk := filepath.Join(scratch(t), "other.img")
+	write(t, disk, nil)
+	if err := os.Truncate(disk, 16*miB); err != nil {
+		t.Fatal(err)
+	}
+	run(t, "mkfs.ext4", "-q", "-F", disk)
+	point := mount(t, loop(t, disk, false), "ext4", "")
+	thawAtEnd(t, point)
+	return point
 }
 
 func pid(d *daemon) string { return strconv.Itoa(d.cmd.Process.Pid) }
@@ -141,6 +199,39 @@ func TestCommandsAround(t *testing.T) {
 	}
 	if !strings.HasSuffix(read(t, told), "after") {
 		t.Error("--after did not run after --before had failed")
+	}
+	if r := d.try("snapshot", "create", "a", "--after", "echo still >> "+told); r.status != 1 || !strings.HasSuffix(read(t, told), "still") {
+		t.Errorf("--after did not run where there was no snapshot: status %d, %s", r.status, r.stderr)
+	}
+	r = d.try("snapshot", "create", "c", "--after", "echo noise; exit 4")
+	if r.status != 1 || !strings.Contains(r.stderr, `--after "echo noise; exit 4": exit status 4`) || !exists(d.snapshot("c")) {
+		t.Errorf("after --after had failed: status %d, %q; want status 1, what failed, and the snapshot", r.status, r.stderr)
+	}
+}
+
+// TestAfterRunsAlways ends the command in all ways while it waits.
+func TestAfterRunsAlways(t *testing.T) {
+	needRoot(t)
+	d, _ := serveOrigin(t, 4*miB)
+	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGKILL} {
+		t.Run(sig.String(), func(t *testing.T) {
+			dir := scratch(t)
+			begun, after := filepath.Join(dir, "begun"), filepath.Join(dir, "after")
+			cmd := d.command("snapshot", "create", "--before", "touch "+begun+"; exec sleep 60", "--after", "sleep 0.1; echo ran > "+after)
+			cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			eventually(t, "--before runs", func() bool { return exists(begun) })
+			if sig == syscall.SIGKILL {
+				cmd.Process.Kill() // as for want of memory
+			} else {
+				syscall.Kill(-cmd.Process.Pid, sig) // as a terminal does
+			}
+			cmd.Wait()
+			eventually(t, "--after has run", func() bool { return exists(after) && read(t, after) == "ran" })
+			syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) // --before
+		})
 	}
 }
 
