@@ -34,6 +34,9 @@ type Daemon struct {
 	// has failed: before, nobody is shown a set that lacks some.
 	complete chan struct{}
 
+	// reads of exports can be held back.
+	reads holder
+
 	// rollbacks are those that run.
 	rollbacks sync.WaitGroup
 
@@ -62,6 +65,7 @@ type Daemon struct {
 	disconnect func(ctx context.Context, export string) error
 
 	run     string   // directory of the set file, empty where there is none
+	mount   string   // where the tree is mounted, empty where it is not
 	dirs    []string // where we keep state
 	members members  // as it was at the start
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 
 	"blksnap/cow"
@@ -129,6 +130,44 @@ type (
 )
 
 func (e exportedDevice) Size() int64 { return e.size }
+
+func (e exportedDevice) Read(p []byte, off int64) error {
+	e.mapper.d.reads.wait()
+	return e.Device.Read(p, off)
+}
+
+func (e exportedDevice) TryRead(p []byte, off int64) error {
+	if e.mapper.d.reads.held() {
+		return intercept.ErrWouldBlock
+	}
+	return e.Device.TryRead(p, off)
+}
+
+func (e exportedImage) Read(p []byte, off int64) error {
+	e.mapper.d.reads.wait()
+	return e.Image.Read(p, off)
+}
+
+// holder holds reads back, for a moment (ground.go).
+type holder struct{ gate atomic.Pointer[chan struct{}] }
+
+// hold begins that. One caller at a time.
+func (h *holder) hold() (release func()) {
+	gate := make(chan struct{})
+	h.gate.Store(&gate)
+	return func() {
+		h.gate.Store(nil)
+		close(gate)
+	}
+}
+
+func (h *holder) held() bool { return h.gate.Load() != nil }
+
+func (h *holder) wait() {
+	if gate := h.gate.Load(); gate != nil {
+		<-*gate
+	}
+}
 
 var (
 	_ intercept.Device    = exportedDevice{}

@@ -13,10 +13,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-func (d *Daemon) setDirs(dirs ...string) {
+// setDirs says where the tree is mounted, if it is, and where we keep state.
+func (d *Daemon) setDirs(mount string, dirs ...string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.dirs = dirs
+	d.mount, d.dirs = mount, dirs
 }
 
 // checkFreeze refuses mount points whose file system holds an origin, a part of

@@ -2,10 +2,11 @@
 // is itself on one of our exports would wait for itself: a write to the export
 // needs the store, which needs a write to the export.
 //
-// Such a path shows before anything is served, because what stands on our own
+// Such a path shows while nothing is served, because what stands on our own
 // exports cannot be read then, whether through NBD devices of the kernel, FUSE,
 // loop devices or device mapper. So the layers below the path are followed down
-// to what somebody else serves, and that has to answer one read.
+// to what a process serves, and that has to answer one read: at the start before we
+// serve, later while the exports hold their reads back for a moment.
 
 package control
 
@@ -26,34 +27,42 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// groundWait is how long what is served by somebody else has to answer.
-const groundWait = 3 * time.Second
+const (
+	// groundWait is how long what is served by somebody else has to answer.
+	groundWait = 3 * time.Second
+
+	// holdLimit is the same for as long as our clients wait for it.
+	holdLimit = time.Second
+)
 
 // maxGround is how many layers are followed: more than anybody stacks, and an
 // end if a file system is mounted from a file of its own.
 const maxGround = 32
 
+// probe looks whether what a process serves at path answers while we do not.
+type probe func(ctx context.Context, path string) error
+
 // checkGround refuses a path whose file system, or the block device that it is,
-// does not answer now, before we serve. What need not exist yet stands where its
-// nearest existing parent does. what names the path's use in the error.
-func checkGround(ctx context.Context, what, path string) error {
+// does not pass the probe. What need not exist yet stands where its nearest existing
+// parent does. what names the path's use in the error.
+func checkGround(ctx context.Context, what, path string, p probe) error {
 	ctx, cancel := context.WithTimeout(ctx, groundWait)
 	defer cancel()
-	err := probeGround(ctx, path, maxGround)
+	err := p.ground(ctx, path, maxGround)
 	if err == nil || errors.Is(err, fs.ErrPermission) { // whoever opens it will say that
 		return nil
 	}
 	return fmt.Errorf("%s %s: %w", what, path, err)
 }
 
-// probeGround follows at most depth layers below path.
-func probeGround(ctx context.Context, path string, depth int) error {
+// ground follows at most depth layers below path.
+func (p probe) ground(ctx context.Context, path string, depth int) error {
 	path, st, err := nearest(path)
 	if err != nil || depth == 0 {
 		return err
 	}
 	if st.Mode().Type() == fs.ModeDevice { // a block device, not a character device
-		return probeDevice(ctx, st.Sys().(*syscall.Stat_t).Rdev, depth)
+		return p.device(ctx, st.Sys().(*syscall.Stat_t).Rdev, depth)
 	}
 	m, err := mountOf(path)
 	if err != nil {
@@ -61,11 +70,11 @@ func probeGround(ctx context.Context, path string, depth int) error {
 	}
 	switch source, err := os.Stat(m.source); {
 	case m.dev != 0 && unix.Major(m.dev) != 0:
-		return probeDevice(ctx, m.dev, depth)
+		return p.device(ctx, m.dev, depth)
 	case err == nil && source.Mode().Type() == fs.ModeDevice: // btrfs
-		return probeDevice(ctx, source.Sys().(*syscall.Stat_t).Rdev, depth)
+		return p.device(ctx, source.Sys().(*syscall.Stat_t).Rdev, depth)
 	case strings.HasPrefix(m.kind, "fuse") && st.Mode().IsRegular():
-		return probeRead(ctx, path)
+		return p(ctx, path)
 	}
 	return nil
 }
@@ -81,9 +90,9 @@ func nearest(path string) (string, fs.FileInfo, error) {
 	}
 }
 
-// probeDevice follows the block device dev down: partitions, loop devices and
-// what device mapper or md put together.
-func probeDevice(ctx context.Context, dev uint64, depth int) error {
+// device follows the block device dev down: partitions, loop devices and what device
+// mapper or md put together.
+func (p probe) device(ctx context.Context, dev uint64, depth int) error {
 	dir, err := filepath.EvalSymlinks(fmt.Sprintf("/sys/dev/block/%d:%d", unix.Major(dev), unix.Minor(dev)))
 	if err != nil {
 		return fmt.Errorf("find what it stands on: %w", err)
@@ -92,10 +101,10 @@ func probeDevice(ctx context.Context, dev uint64, depth int) error {
 		dir = filepath.Dir(dir)
 	}
 	if name := filepath.Base(dir); strings.HasPrefix(name, "nbd") {
-		return probeRead(ctx, "/dev/"+name)
+		return p(ctx, "/dev/"+name)
 	}
 	if file, err := os.ReadFile(dir + "/loop/backing_file"); err == nil {
-		return probeGround(ctx, strings.TrimSuffix(string(file), "\n"), depth-1)
+		return p.ground(ctx, strings.TrimSuffix(string(file), "\n"), depth-1)
 	}
 	below, err := filepath.Glob(dir + "/slaves/*/dev")
 	if err != nil || depth == 0 {
@@ -103,7 +112,7 @@ func probeDevice(ctx context.Context, dev uint64, depth int) error {
 	}
 	for _, s := range below {
 		if text, err := os.ReadFile(s); err == nil {
-			if err := probeDevice(ctx, parseDev(strings.TrimSpace(string(text))), depth-1); err != nil {
+			if err := p.device(ctx, parseDev(strings.TrimSpace(string(text))), depth-1); err != nil {
 				return err
 			}
 		}
@@ -128,7 +137,26 @@ func probeRead(ctx context.Context, path string) error {
 		}
 	case <-ctx.Done():
 	}
-	return refuse(syscall.EDEADLK, "it stands on %s, which does not answer: is that one of our own exports?", path)
+	return refuse(syscall.EDEADLK, "it stands on %s, which does not answer while we do not: is that one of our own exports?", path)
+}
+
+// probeHeld is probeRead while we serve. An image in the tree is served by nobody else.
+func (d *Daemon) probeHeld(ctx context.Context, path string) error {
+	d.mu.Lock()
+	tree := d.mount
+	d.mu.Unlock()
+	if tree != "" && sameFileSystem(tree, path) {
+		return refuse(syscall.EDEADLK, "it stands on %s, which is an image of ours", path)
+	}
+	defer d.reads.hold()()
+	ctx, cancel := context.WithTimeout(ctx, holdLimit)
+	defer cancel()
+	return probeRead(ctx, path)
+}
+
+func sameFileSystem(a, b string) bool {
+	var x, y unix.Stat_t
+	return unix.Stat(a, &x) == nil && unix.Stat(b, &y) == nil && x.Dev == y.Dev
 }
 
 // mount is a line of /proc/self/mountinfo.

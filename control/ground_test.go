@@ -98,7 +98,7 @@ func TestGround(t *testing.T) {
 		{"loop device on it", loop},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			if err := checkGround(t.Context(), "snapstore", tc.path); err != nil {
+			if err := checkGround(t.Context(), "snapstore", tc.path, probeRead); err != nil {
 				t.Errorf("snapstore on what is served: %v", err)
 			}
 			gate := make(chan struct{})
@@ -109,9 +109,9 @@ func TestGround(t *testing.T) {
 			}()
 			ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 			defer cancel()
-			err := checkGround(ctx, "snapstore", tc.path)
+			err := checkGround(ctx, "snapstore", tc.path, probeRead)
 			wantError(t, "snapstore on what is not served", err,
-				"snapstore "+tc.path+": it stands on "+file+", which does not answer: is that one of our own exports?")
+				"snapstore "+tc.path+": it stands on "+file+", which does not answer while we do not: is that one of our own exports?")
 		})
 	}
 }
@@ -126,7 +126,7 @@ func TestGroundThatIsFirm(t *testing.T) {
 		{"kernel", "/proc/self/x"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			if err := checkGround(t.Context(), "state directory", tc.path); err != nil {
+			if err := checkGround(t.Context(), "state directory", tc.path, probeRead); err != nil {
 				t.Error(err)
 			}
 		})

@@ -59,7 +59,7 @@ func (s *service) open(ctx context.Context, passed []net.Listener) error {
 		return err
 	}
 	s.discard()
-	s.daemon.setDirs(s.set.run, s.set.state)
+	s.daemon.setDirs(s.set.mount, s.set.run, s.set.state)
 	s.daemon.keepMembers(s.set.run, left)
 	s.runOnLow()
 	s.daemon.resumeRollbacks()

@@ -37,7 +37,7 @@ func (d *Daemon) addPart(ctx context.Context, q PartRequest) (any, error) {
 				return nil, refuse(syscall.EEXIST, "snapstore %s is one of its parts already", spec)
 			}
 		}
-		if err := checkGround(ctx, "snapstore", spec.Path); err != nil {
+		if err := checkGround(ctx, "snapstore", spec.Path, d.probeHeld); err != nil {
 			return nil, err
 		}
 	}

@@ -184,17 +184,17 @@ func (s *settings) makeDirs(ctx context.Context) error {
 }
 
 func (s *settings) checkGrounds(ctx context.Context) error {
-	if err := checkGround(ctx, "state directory", s.state); err != nil {
+	if err := checkGround(ctx, "state directory", s.state, probeRead); err != nil {
 		return err
 	}
-	if err := checkGround(ctx, "run directory", s.run); err != nil {
+	if err := checkGround(ctx, "run directory", s.run, probeRead); err != nil {
 		return err
 	}
 	for _, spec := range s.stores {
 		if spec.Path == "" {
 			continue // memory
 		}
-		if err := checkGround(ctx, "snapstore", spec.Path); err != nil {
+		if err := checkGround(ctx, "snapstore", spec.Path, probeRead); err != nil {
 			return err
 		}
 	}
@@ -202,5 +202,5 @@ func (s *settings) checkGrounds(ctx context.Context) error {
 	if st, err := os.Stat(log); err != nil || !st.Mode().IsRegular() {
 		return nil // no file
 	}
-	return checkGround(ctx, "log", log)
+	return checkGround(ctx, "log", log, probeRead)
 }

@@ -5,6 +5,7 @@ package test
 import (
 	"bytes"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -67,4 +68,71 @@ func TestStoreGrowsInTime(t *testing.T) {
 	if got := len(d.json("store", "list", "--json")); got != parts {
 		t.Errorf("after a restart there are %d parts, want %d", got, parts)
 	}
+}
+
+// TestStoreOnOurOwnExports adds parts that would wait for themselves: on a file system
+// in the device, on one in an image, and on the block device itself.
+func TestStoreOnOurOwnExports(t *testing.T) {
+	needRoot(t)
+	d, _ := serveOrigin(t, 64*miB)
+	dev := attach(t, d, "vda")
+	run(t, "mkfs.ext4", "-q", "-F", dev)
+	d.blksnap("snapshot", "create", "w", "--writable")
+	image := mount(t, loop(t, d.snapshot("w", "vda.img"), false), "ext4", "")
+	image2 := mount(t, attach(t, d, "vda@w"), "ext4", "ro,noload")
+	live := mount(t, dev, "ext4", "")
+	parts := len(d.json("store", "list", "--json"))
+	for what, spec := range map[string]string{
+		"in the device":           "file:" + live + "/part:1MiB",
+		"in an image of the tree": "file:" + image + "/part:1MiB",
+		"in an exported image":    "file:" + image2 + "/part:1MiB",
+		"the device itself":       "dev:" + dev,
+	} {
+		r := d.try("store", "add", "--force", spec)
+		if r.status != 1 || !strings.Contains(r.stderr, "it stands on ") || strings.Count(r.stderr, "\n") != 1 {
+			t.Errorf("%s: status %d, %q; want status 1 and one line with what it stands on", what, r.status, r.stderr)
+		}
+	}
+	if exists(filepath.Join(live, "part")) || exists(filepath.Join(image, "part")) {
+		t.Error("a part was made")
+	}
+	if got := len(d.json("store", "list", "--json")); got != parts {
+		t.Errorf("there are %d parts, want %d", got, parts)
+	}
+	write(t, filepath.Join(live, "file"), []byte("the device goes on"))
+	run(t, "sync", "-f", live)
+}
+
+// TestStoreOnOthersExports adds a part on a file system that another process serves
+// over NBD.
+func TestStoreOnOthersExports(t *testing.T) {
+	needRoot(t)
+	other := filepath.Join(scratch(t), "other.img")
+	write(t, other, make([]byte, 16*miB))
+	dev := loop(t, nbdkitFile(t, other), false)
+	run(t, "mkfs.ext4", "-q", "-F", dev)
+	served := mount(t, dev, "ext4", "")
+	d, _ := serveOrigin(t, 4*miB)
+	d.blksnap("store", "add", "file:"+served+"/part:1MiB")
+	if got := d.json("store", "list", "--json"); len(got) != 2 || got[1]["state"] != "ok" {
+		t.Errorf("the parts are %v, want two", got)
+	}
+}
+
+// nbdkitFile serves a file by nbdkit and returns the path of one that reads and
+// writes it.
+func nbdkitFile(t *testing.T, file string) string {
+	t.Helper()
+	need(t, "nbdkit")
+	socket := filepath.Join(scratch(t), "other.sock")
+	cmd := exec.Command("nbdkit", "--foreground", "--exit-with-parent", "--unix", socket, "file", file)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+	})
+	eventually(t, "nbdkit listens", func() bool { return exists(socket) })
+	return fuseFile(t, "nbd+unix:///?socket="+socket)
 }
