@@ -50,6 +50,7 @@ func (s *service) open(ctx context.Context, passed []net.Listener) error {
 	if err := s.listen(ctx, passed); err != nil {
 		return err
 	}
+	s.runOnLow() // before a snapstore is found full
 	s.later(s.daemon.awaitRollbacks)
 	s.later(s.daemon.closeDevices) // which ends them
 	if err := s.openDevices(left); err != nil {
@@ -61,7 +62,6 @@ func (s *service) open(ctx context.Context, passed []net.Listener) error {
 	s.discard()
 	s.daemon.setDirs(s.set.mount, s.set.run, s.set.state)
 	s.daemon.keepMembers(s.set.run, left)
-	s.runOnLow()
 	s.daemon.resumeRollbacks()
 	return nil
 }

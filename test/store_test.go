@@ -136,3 +136,26 @@ func nbdkitFile(t *testing.T, file string) string {
 	eventually(t, "nbdkit listens", func() bool { return exists(socket) })
 	return fuseFile(t, "nbd+unix:///?socket="+socket)
 }
+
+// TestStoreLowAtStart fills the snapstore, and starts a daemon with a command for that.
+func TestStoreLowAtStart(t *testing.T) {
+	needRoot(t)
+	dir := scratch(t)
+	store := "file:" + filepath.Join(dir, "store") + ":16MiB"
+	d, origin := serveOrigin(t, 32*miB, "--store", store)
+	mkdir(t, d.snapshot("s"))
+	live := d.open("vda")
+	p := make([]byte, 12*miB)
+	Stamp(p, "vda", 0, 2)
+	if err := live.writeAt(p, 0); err != nil {
+		t.Fatal(err)
+	}
+	live.Close()
+	d.kill()
+	told := filepath.Join(dir, "told")
+	d.start(origin, "--store", store, "--on-store-low", blksnapPath+" store add mem:32MiB && echo $BLKSNAP_STORE_FREE >> "+told)
+	eventually(t, "the command has run", func() bool { return exists(told) && read(t, told) != "" })
+	if got := len(d.json("store", "list", "--json")); got != 2 {
+		t.Errorf("the store has %d parts, want 2", got)
+	}
+}
