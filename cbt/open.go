@@ -158,8 +158,7 @@ func (w *walk) node(l link, limit nodeInfo) error {
 	if err != nil {
 		return err
 	}
-	if i.level > maxLevel || i.first != limit.first || i.number > limit.number || i.base > limit.base ||
-		i.number <= i.base || i.number-i.base > maxByte {
+	if !i.fits(limit) {
 		return fmt.Errorf("%w: node %d is not where it belongs", ErrDamaged, l.node())
 	}
 	w.epoch = max(w.epoch, i.epoch)
@@ -177,6 +176,13 @@ func (w *walk) node(l link, limit nodeInfo) error {
 		}
 	}
 	return nil
+}
+
+// fits says whether a node may be where the first tracking block, the highest number
+// and the highest base are those of limit.
+func (i nodeInfo) fits(limit nodeInfo) bool {
+	return i.level <= maxLevel && i.first == limit.first && i.number <= limit.number && i.base <= limit.base &&
+		i.number > i.base && i.number-i.base <= maxByte
 }
 
 // info returns the header of the node that l leads to, if it exists and is
