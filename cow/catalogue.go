@@ -210,6 +210,9 @@ func (r record) setTaken(t time.Time) { wordAt(r, recordTaken).Store(uint64(t.Un
 func (r record) held() time.Duration     { return time.Duration(wordAt(r, recordHeld).Load()) }
 func (r record) setHeld(d time.Duration) { wordAt(r, recordHeld).Store(uint64(d)) }
 
+// BootID names the machine's present start.
+func BootID() (string, error) { return bootID() }
+
 // bootID changes with every boot.
 func bootID() (string, error) {
 	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")

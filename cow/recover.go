@@ -247,15 +247,18 @@ func (d *Device) openLayers() ([]*layer, error) {
 }
 
 // numbers are those of the device's files of a name, ascending.
-func (d *Device) numbers(name string) ([]uint64, error) {
-	entries, err := os.ReadDir(d.dir)
+func (d *Device) numbers(name string) ([]uint64, error) { return numbersIn(d.dir, name) }
+
+// numbersIn are those of the files of a name in dir, ascending.
+func numbersIn(dir, name string) ([]uint64, error) {
+	entries, err := os.ReadDir(dir)
 	if err != nil {
 		return nil, err
 	}
 	var numbers []uint64
 	for _, e := range entries {
 		var n uint64
-		if _, err := fmt.Sscanf(e.Name(), name, &n); err == nil {
+		if _, err := fmt.Sscanf(e.Name(), name, &n); err == nil && e.Name() == fmt.Sprintf(name, n) {
 			numbers = append(numbers, n)
 		}
 	}

@@ -73,12 +73,8 @@ func newTable(end chunkNo) (*table, error) { return openTable("", end) }
 // does not exist or path is empty.
 func openTable(path string, end chunkNo) (*table, error) {
 	t := &table{path: path, end: end}
-	leaves := int64(end+1<<leafShift-1) >> leafShift
-	size := tableNodes + leaves*leafBytes
-	for n := leaves; n > 1; t.levels++ {
-		n = (n + 1<<nodeShift - 1) >> nodeShift
-		size += n * nodeBytes
-	}
+	var size int64
+	t.levels, size = tableShape(end)
 	var err error
 	if t.mem, err = memoryAt(path, min(size, maxTable)); err != nil {
 		return nil, err
@@ -94,6 +90,18 @@ func openTable(path string, end chunkNo) (*table, error) {
 		t.used = tableNodes
 	}
 	return t, nil
+}
+
+// tableShape is how many levels of nodes a table of chunks [0, end) has above its leaves,
+// and how large it is when it has a place for each chunk.
+func tableShape(end chunkNo) (levels int, size int64) {
+	n := int64(end+1<<leafShift-1) >> leafShift
+	size = tableNodes + n*leafBytes
+	for ; n > 1; levels++ {
+		n = (n + 1<<nodeShift - 1) >> nodeShift
+		size += n * nodeBytes
+	}
+	return levels, size
 }
 
 // header is the part of the table's memory that is not the table's.

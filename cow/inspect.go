@@ -1,0 +1,398 @@
+// Verifying what is kept in the run and the state directory, without using it: by
+// its files alone, which are read, never mapped, and never changed.
+//
+// Nothing in them is believed. What memory it takes is bounded by what the files
+// really hold: a node, a word or a name that is there.
+//
+// It may be done beside a process that uses the files. Then a look at one file is of
+// another moment than a look at the next, so what it finds counts only if it is found
+// again and again (Inspect's caller does that).
+
+package cow
+
+import (
+	"bufio"
+	"cmp"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"blksnap/store"
+)
+
+// Problem is something in the state that does not add up.
+type Problem struct {
+	File   string
+	Text   string // what is wrong
+	Advice string // what to do
+}
+
+// Inspection says where the state is, and what its words are compared with.
+type Inspection struct {
+	Run, State string // directories
+
+	// Slots is how many slots a part of the snapstore has, or says why it has none.
+	Slots func(part uint8) (int64, error)
+
+	// Used is which blocks of a slot are in use; nil where nobody knows.
+	Used func(store.Slot) uint16
+}
+
+// maxProblems is how many problems of one file are told of, one by one.
+const maxProblems = 20
+
+// Advice that several problems have.
+const (
+	adviceSnapshots  = "start the daemon: it gives up the snapshots that need it; destroy them"
+	adviceGeneration = "start the daemon: it begins a new generation; make a full copy then"
+	adviceRestart    = "start the daemon: it makes the file anew"
+)
+
+// Inspect verifies all of the engine's state and returns what is wrong with it.
+func (i Inspection) Inspect() ([]Problem, error) {
+	boot, err := bootID()
+	if err != nil {
+		return nil, err
+	}
+	w := inspector{Inspection: i, boot: boot, told: make(map[string]int), snapshots: make(map[uint64]string)}
+	if w.catalogue() {
+		w.eachDevice(i.Run, w.runDevice)
+		w.slots()
+	}
+	w.eachDevice(i.State, w.stateDevice)
+	return w.problems, nil
+}
+
+// inspector is the state of an inspection.
+type inspector struct {
+	Inspection
+	boot      string
+	problems  []Problem
+	told      map[string]int    // problems of each file
+	snapshots map[uint64]string // names of those that are live, by id
+
+	tables []inspectedTable
+	named  []namedSlot
+}
+
+// inspectedTable is the table of a layer or an overlay.
+type inspectedTable struct {
+	path    string
+	device  string
+	number  uint64
+	overlay bool
+}
+
+// namedSlot is a slot that a table names.
+type namedSlot struct {
+	word  word
+	table int32
+	chunk chunkNo
+}
+
+func (w *inspector) tell(path, advice, format string, args ...any) {
+	n := w.told[path] + 1
+	w.told[path] = n
+	switch {
+	case n < maxProblems:
+		w.problems = append(w.problems, Problem{path, fmt.Sprintf(format, args...), advice})
+	case n == maxProblems:
+		w.problems = append(w.problems, Problem{path, "more of the kind", advice})
+	}
+}
+
+// inspectedFile is a file of the state, open to be read.
+type inspectedFile struct {
+	*os.File
+	path string
+	size int64
+}
+
+// openInspected opens a regular file; nil, without an error, where there is none.
+func openInspected(path string) (*inspectedFile, error) {
+	f, err := openState(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, cause(err)
+	}
+	st, err := f.Stat()
+	if err == nil && !st.Mode().IsRegular() {
+		err = errors.New("it is not a regular file")
+	}
+	if err != nil {
+		f.Close()
+		return nil, cause(err)
+	}
+	return &inspectedFile{f, path, st.Size()}, nil
+}
+
+// open is openInspected that tells what is wrong. It returns nil where there is nothing
+// to look at.
+func (w *inspector) open(path, advice string) *inspectedFile {
+	f, err := openInspected(path)
+	if err != nil {
+		w.tell(path, advice, "%v", err)
+	}
+	return f
+}
+
+// head reads the first n bytes.
+func (f *inspectedFile) head(n int) ([]byte, error) {
+	b := make([]byte, n)
+	_, err := f.ReadAt(b, 0)
+	if errors.Is(err, io.EOF) {
+		err = fmt.Errorf("%w: it ends after %d bytes", ErrDamaged, f.size)
+	}
+	return b, cause(err)
+}
+
+// stepped says whether a mapped file is as long as one can be.
+func (f *inspectedFile) stepped() error {
+	if f.size == 0 || f.size%memoryStep != 0 {
+		return fmt.Errorf("%w: it is cut short, to %d bytes", ErrDamaged, f.size)
+	}
+	return nil
+}
+
+// eachDevice calls f for each device that keeps something in dir.
+func (w *inspector) eachDevice(dir string, f func(name, dir string)) {
+	if dir == "" {
+		return
+	}
+	dir = filepath.Join(dir, "devices")
+	entries, err := os.ReadDir(dir)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		w.tell(dir, "see to it that it can be read", "%v", cause(err))
+	}
+	for _, e := range entries {
+		if e.IsDir() {
+			f(e.Name(), filepath.Join(dir, e.Name()))
+		}
+	}
+}
+
+// catalogue verifies the catalogue and says whether the run directory is of this boot.
+// What is left of another is looked at by nobody.
+func (w *inspector) catalogue() bool {
+	if w.Run == "" {
+		return false
+	}
+	path := filepath.Join(w.Run, "catalogue")
+	const advice = "start the daemon: it begins a new one; the snapshots are lost, and each device begins a new generation"
+	f := w.open(path, advice)
+	if f == nil {
+		return true // devices without a catalogue are looked at all the same
+	}
+	defer f.Close()
+	b, err := f.head(catalogueHeader)
+	if err == nil {
+		err = checkMagic(b, catalogueMagic, catalogueVersion, catalogueConstant)
+	}
+	if err == nil && string(b[16:catalogueConstant]) != w.boot {
+		return false
+	}
+	if err == nil {
+		err = f.stepped()
+	}
+	if err != nil {
+		w.tell(path, advice, "%v", err)
+		return true
+	}
+	w.records(f, host.Uint64(b[catalogueLastID:]))
+	return true
+}
+
+// records verifies the records of snapshots.
+func (w *inspector) records(f *inspectedFile, last uint64) {
+	names := make(map[string]bool)
+	b := make([]byte, recordBytes)
+	for off := int64(catalogueHeader); off < f.size; off += recordBytes {
+		if _, err := f.ReadAt(b, off); err != nil {
+			w.tell(f.path, adviceSnapshots, "%v", cause(err))
+			return
+		}
+		state := record(b).state()
+		if state == stateFree {
+			continue
+		}
+		info, err := decodeRecord(b)
+		switch {
+		case state > stateDying:
+			err = fmt.Errorf("%w: state %d of a record", ErrDamaged, state)
+		case err != nil || state != stateLive:
+		case info.id == 0 || info.id > last || w.snapshots[info.id] != "":
+			err = fmt.Errorf("%w: id %d of snapshot %q", ErrDamaged, info.id, info.name)
+		case names[info.name]:
+			err = fmt.Errorf("%w: two snapshots have the name %q", ErrDamaged, info.name)
+		default:
+			w.snapshots[info.id], names[info.name] = info.name, true
+		}
+		if err != nil {
+			w.tell(f.path, adviceSnapshots, "at %d: %v", off, err)
+		}
+	}
+}
+
+// stateDevice verifies what a device keeps for the time after a reboot.
+func (w *inspector) stateDevice(_, dir string) {
+	path := filepath.Join(dir, "map")
+	info, err := inspectCheckpoint(path)
+	if err != nil {
+		w.tell(path, adviceGeneration, "%v", err)
+	}
+	regions := filepath.Join(dir, "regions")
+	st, err := inspectRegions(regions)
+	if err != nil {
+		w.tell(regions, adviceGeneration, "%v", err)
+	}
+	if info != nil && st != nil && (info.generation != st.generation || info.origin.size != st.size) {
+		w.tell(regions, adviceGeneration, "it does not belong to the map beside it: another generation or size")
+	}
+	if st != nil {
+		w.lease(regions, st.lease, stateLease)
+	}
+	path = filepath.Join(dir, "rollback")
+	f := w.open(path, "remove it once the device's content is known to be good")
+	if f == nil {
+		return
+	}
+	defer f.Close()
+	b := make([]byte, tearBytes+1)
+	n, err := f.ReadAt(b, 0)
+	if err != nil && err != io.EOF {
+		w.tell(path, "see to it that it can be read", "%v", cause(err))
+	} else if _, err := decodeTear(b[:n]); err != nil {
+		w.tell(path, "roll the device back to an older snapshot, or restore it, then remove and add it", "%v", err)
+	}
+}
+
+// lease tells of one that hides what others write to an origin.
+func (w *inspector) lease(path string, until int64, most time.Duration) {
+	if left := time.Until(time.Unix(0, until)); left > most+time.Hour {
+		w.tell(path, "set the clock, then start and stop the daemon",
+			"its lease ends in %v: until then nobody notices writes behind our back", left.Round(time.Second))
+	}
+}
+
+// inspectCheckpoint verifies the checkpoint at path; nil where there is none.
+func inspectCheckpoint(path string) (*checkpointInfo, error) {
+	f, err := openInspected(path)
+	if f == nil {
+		return nil, err
+	}
+	defer f.Close()
+	b, err := f.head(checkpointHeader)
+	if err != nil {
+		return nil, err
+	}
+	info, err := decodeCheckpoint(b)
+	if err != nil {
+		return nil, err
+	}
+	return &info, info.inspectBody(f)
+}
+
+// inspectBody verifies the map that follows the header.
+func (c checkpointInfo) inspectBody(f *inspectedFile) error {
+	if c.length != f.size-checkpointHeader {
+		return fmt.Errorf("%w: checkpoint: a map of %d bytes, not %d", ErrDamaged, f.size-checkpointHeader, c.length)
+	}
+	sum := crc32.New(crcTable)
+	r := bufio.NewReaderSize(io.TeeReader(io.NewSectionReader(f, checkpointHeader, c.length), sum), 1<<20)
+	for next := int64(0); ; {
+		var head [16]byte
+		if _, err := io.ReadFull(r, head[:]); err == io.EOF {
+			break
+		} else if err != nil {
+			return fmt.Errorf("%w: checkpoint: %w", ErrDamaged, err)
+		}
+		block, n := int64(binary.LittleEndian.Uint64(head[:])), int64(binary.LittleEndian.Uint64(head[8:]))
+		if c.block <= 0 || n <= 0 || n > 64<<10 || block < next || block > (c.origin.size-1)/c.block+1-n {
+			return fmt.Errorf("%w: checkpoint: %d blocks from %d on", ErrDamaged, n, block)
+		}
+		if _, err := r.Discard(int(n)); err != nil {
+			return fmt.Errorf("%w: checkpoint: %w", ErrDamaged, err)
+		}
+		next = block + n
+	}
+	if sum.Sum32() != c.sum {
+		return fmt.Errorf("%w: checkpoint: checksum of the map", ErrDamaged)
+	}
+	return nil
+}
+
+// inspectRegions verifies the record of regions at path; nil where there is none.
+func inspectRegions(path string) (*regionsState, error) {
+	f, err := openInspected(path)
+	if f == nil {
+		return nil, err
+	}
+	defer f.Close()
+	st, sure, err := readHeaders(readOnly{f.File})
+	if err != nil {
+		return nil, err
+	}
+	r := &regions{n: regionsOf(st.size)}
+	if want := regionsSets + 2*r.setBytes(); f.size < want {
+		return nil, fmt.Errorf("%w: record of regions: %d bytes, not %d", ErrDamaged, f.size, want)
+	}
+	if !sure {
+		return &st, fmt.Errorf("%w: record of regions: one of its headers", ErrDamaged)
+	}
+	var b [regionPage]byte
+	for p := range r.pages() {
+		if _, err := f.ReadAt(b[:], r.pageAt(st.set, p)); err != nil {
+			return &st, cause(err)
+		}
+		if binary.LittleEndian.Uint32(b[508:]) != crc32.Checksum(b[:508], crcTable) {
+			return &st, fmt.Errorf("%w: record of regions: checksum of page %d", ErrDamaged, p)
+		}
+	}
+	return &st, nil
+}
+
+// readOnly is a file that is only read, for those who want a durableFile.
+type readOnly struct{ *os.File }
+
+func (readOnly) WriteAt([]byte, int64) (int, error) { return 0, os.ErrPermission }
+func (readOnly) Sync() error                        { return os.ErrPermission }
+
+// slots compares the slots that tables name with each other, and with the snapstore.
+func (w *inspector) slots() {
+	slices.SortFunc(w.named, func(a, b namedSlot) int {
+		return cmp.Or(cmp.Compare(a.word.slot(), b.word.slot()), cmp.Compare(a.table, b.table), cmp.Compare(a.chunk, b.chunk))
+	})
+	for n, s := range w.named {
+		path := w.tables[s.table].path
+		if n > 0 && s.word.slot() == w.named[n-1].word.slot() && !w.moving(w.named[n-1], s) {
+			w.tell(path, adviceSnapshots, "chunk %d is in slot %v, which chunk %d of %s is in, too",
+				s.chunk, s.word.slot(), w.named[n-1].chunk, w.tables[w.named[n-1].table].path)
+		}
+		if w.Used == nil {
+			continue
+		}
+		if used := w.Used(s.word.slot()); s.word.mask()&^used != 0 {
+			w.tell(path, "destroy the device's snapshots", "chunk %d has blocks %016b in slot %v, where %016b are in use",
+				s.chunk, s.word.mask(), s.word.slot(), used)
+		}
+	}
+}
+
+// moving says whether a word was on its way from the newer layer b to the older layer a,
+// which a start ends.
+func (w *inspector) moving(a, b namedSlot) bool {
+	older, newer := w.tables[a.table], w.tables[b.table]
+	if older.number > newer.number {
+		older, newer, a, b = newer, older, b, a
+	}
+	return older.device == newer.device && !older.overlay && !newer.overlay && older.number < newer.number &&
+		a.chunk == b.chunk && b.word.mask()&^a.word.mask() == 0
+}
