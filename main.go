@@ -48,6 +48,9 @@ type cli struct {
 		List storeListCmd `cmd:"" help:"List the parts of the snapstore, in order of preference."`
 		Add  storeAddCmd  `cmd:"" help:"Add a part to the snapstore, while snapshots are open."`
 	} `cmd:"" help:"The snapstore."`
+	State struct {
+		Check stateCheckCmd `cmd:"" help:"Verify all that outlives the daemon, also while it runs; changes nothing."`
+	} `cmd:"" help:"What is kept in the run and the state directory."`
 	Events  eventsCmd  `cmd:"" help:"Print what happened."`
 	Version versionCmd `cmd:"" help:"Print the version; with --control the daemon's, too."`
 }
@@ -287,6 +290,18 @@ type storeAddCmd struct {
 
 func (c *storeAddCmd) Run(ctx context.Context) error {
 	return c.client().AddPart(ctx, c.Spec, c.Force)
+}
+
+type stateCheckCmd struct {
+	printed
+	RunDir   string `name:"run" placeholder:"DIR" help:"The daemon's run directory, if it does not run (/run/blksnapd; unprivileged $XDG_RUNTIME_DIR/blksnapd)."`
+	StateDir string `name:"state" placeholder:"DIR" help:"Its state directory (/var/lib/blksnap; unprivileged $XDG_STATE_HOME/blksnap)."`
+	File     string `placeholder:"FILE" name:"config" help:"Its configuration (/etc/blksnap.yaml where it exists)."`
+}
+
+func (c *stateCheckCmd) Run(ctx context.Context, w io.Writer) error {
+	l, err := control.Inspect(ctx, control.Inspecting{Control: c.Control, Run: c.RunDir, State: c.StateDir, File: c.File})
+	return show(l, err, c.to(w).Inspected)
 }
 
 type eventsCmd struct {

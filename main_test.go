@@ -88,18 +88,6 @@ func TestManualRenders(t *testing.T) {
 	}
 }
 
-// TestNotYet checks that what later versions will do is not accepted in
-// silence today.
-func TestNotYet(t *testing.T) {
-	for _, args := range [][]string{
-		{"state", "check"},
-	} {
-		if got, _, _ := status(t, blksnap(t, args...)); got != 2 {
-			t.Errorf("blksnap %s\n got status %d\nwant 2", strings.Join(args, " "), got)
-		}
-	}
-}
-
 func TestExitStatus(t *testing.T) {
 	none := filepath.Join(t.TempDir(), "none.sock")
 	for _, tc := range []struct {

@@ -19,6 +19,7 @@
 //	POST   /snapshots/NAME/rollback       RollbackRequest -> RollbackInfo
 //	GET    /store                         []PartInfo
 //	POST   /store                         PartRequest
+//	GET    /state/check                   []StateProblem
 //	GET    /events                        Event, one a line; follow
 //
 // A refused or failed request is answered with an Error. A stream that fails
@@ -101,6 +102,13 @@ type PartInfo struct {
 	Used  int64  `json:"used"`
 	Free  int64  `json:"free"`
 	State string `json:"state"`
+}
+
+// StateProblem is something in the run or the state directory that does not add up.
+type StateProblem struct {
+	File    string `json:"file"`
+	Problem string `json:"problem"`
+	Advice  string `json:"advice"` // what to do
 }
 
 // SpaceInfo is how much room the snapstore has and how long that lasts.

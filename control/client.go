@@ -172,6 +172,11 @@ func (c *Client) Store(ctx context.Context) (l []PartInfo, err error) {
 	return l, c.call(ctx, "GET", "/store", nil, &l)
 }
 
+// Inspect has the daemon verify its state.
+func (c *Client) Inspect(ctx context.Context) (l []StateProblem, err error) {
+	return l, c.call(ctx, "GET", "/state/check", nil, &l)
+}
+
 // Events yields the remembered events and, with follow, new ones until ctx
 // ends or the daemon stops.
 func (c *Client) Events(ctx context.Context, follow bool) iter.Seq2[Event, error] {

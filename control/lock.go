@@ -73,9 +73,7 @@ func (l *dirLock) wait(ctx context.Context, deadline time.Time) error {
 // holder says which process holds the lock, as far as the file tells, and
 // whether a daemon that is not stopping answers for it.
 func (l *dirLock) holder(ctx context.Context) (pid string, serving bool) {
-	buf := make([]byte, 4096)
-	n, _ := l.f.ReadAt(buf, 0) // what cannot be read is a holder that is not known
-	pid, control, ok := strings.Cut(strings.TrimSuffix(string(buf[:n]), "\n"), " ")
+	pid, control, ok := l.read()
 	if !ok {
 		return "", false
 	}
@@ -83,6 +81,13 @@ func (l *dirLock) holder(ctx context.Context) (pid string, serving bool) {
 	defer cancel()
 	v, err := NewClient(control).Version(ctx)
 	return pid, err == nil && !v.Stopping
+}
+
+// read returns what write wrote.
+func (l *dirLock) read() (pid, control string, ok bool) {
+	buf := make([]byte, 4096)
+	n, _ := l.f.ReadAt(buf, 0) // what cannot be read is a holder that is not known
+	return strings.Cut(strings.TrimSuffix(string(buf[:n]), "\n"), " ")
 }
 
 func (l *dirLock) write(text string) error {

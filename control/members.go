@@ -47,6 +47,9 @@ type memberPart struct {
 	Added bool      `json:"added"`
 }
 
+// maxMembers bounds what is read of the set file.
+const maxMembers = 16 << 20
+
 func membersPath(run string) string { return filepath.Join(run, "set.json") }
 
 // readMembers returns what a predecessor in this boot left in the run directory.
@@ -58,7 +61,7 @@ func readMembers(run, boot string) (members, error) {
 		return members{}, err
 	}
 	defer f.Close()
-	b, err := io.ReadAll(f)
+	b, err := io.ReadAll(io.LimitReader(f, maxMembers))
 	if err != nil {
 		return members{}, err
 	}

@@ -210,6 +210,24 @@ func (o Output) Store(l []PartInfo) error {
 	})
 }
 
+// Inspected prints a line for each problem, and is an error where there is one.
+func (o Output) Inspected(l []StateProblem) error {
+	all := func(yield func(StateProblem, error) bool) {
+		for _, v := range l {
+			if !yield(v, nil) {
+				return
+			}
+		}
+	}
+	err := printStream(o, all, false, func(v StateProblem) string {
+		return fmt.Sprintf("%s: %s; %s", v.File, v.Problem, v.Advice)
+	})
+	if err == nil && len(l) > 0 {
+		err = fmt.Errorf("the state has %s", plural(len(l), "problem"))
+	}
+	return err
+}
+
 // Extents prints extents in the form of the tree's since/NUM.
 func (o Output) Extents(extents iter.Seq2[Extent, error]) error {
 	return printStream(o, extents, false, func(v Extent) string {

@@ -77,6 +77,7 @@ func handler(d *Daemon) http.Handler {
 	handle("POST /store", func(r *http.Request) (any, error) {
 		return body(func(q PartRequest) (any, error) { return d.addPart(r.Context(), q) })(r)
 	})
+	handle("GET /state/check", func(r *http.Request) (any, error) { return d.inspect(r.Context()) })
 	handle("GET /store", func(*http.Request) (any, error) { return d.partInfos(), nil })
 	mux.HandleFunc("GET /devices/{name}/cbt/extents", d.serveExtents)
 	followers := make(chan struct{}, maxFollowers)
