@@ -109,25 +109,26 @@ func (p *Pool) sweepStep(l *ledger) (more bool, err error) {
 	return true, err
 }
 
-// claimHeld moves swept on: slots before data, which have no backing, become
-// clean, and a few from there on are claimed but for their blocks in use. Where
-// slots keep their backing anyway they can be used at once.
+// claimHeld moves swept on. What is not in use is claimed: a few slots where there
+// may be data, many at once before data, where there is at most backing that was
+// prepared and never written. Where slots keep their backing anyway they can be used
+// at once.
 func (l *ledger) claimHeld(data int64) {
 	end := min(l.traits.Held, l.swept+pageSlots)
 	l.claim.end()
-	for ; l.swept < end; l.swept++ {
-		switch free := !l.inUse.has(l.swept); {
-		case l.traits.Coarse && free:
-			l.setSpare(l.swept, l.slot(l.swept), AllBlocks)
-			l.dirty.remove(l.swept)
-			l.warm.add(l.swept)
-		case l.traits.Coarse:
-		case l.swept >= data:
-			l.claimNext(min(end, l.swept+maxClaim))
-			return
-		case free:
-			l.clean.add(l.swept)
+	switch {
+	case l.traits.Coarse:
+		for ; l.swept < end; l.swept++ {
+			if !l.inUse.has(l.swept) {
+				l.setSpare(l.swept, l.slot(l.swept), AllBlocks)
+				l.dirty.remove(l.swept)
+				l.warm.add(l.swept)
+			}
 		}
+	case l.swept < data:
+		l.claimNext(min(end, data))
+	default:
+		l.claimNext(min(end, l.swept+maxClaim))
 	}
 }
 

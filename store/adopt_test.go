@@ -124,6 +124,42 @@ func TestDiscardEmpties(t *testing.T) {
 	}
 }
 
+// TestDiscardEmptiesWhatWasPrepared: a process that was killed leaves backing that it
+// had prepared and never used, before, between and behind what is in use.
+func TestDiscardEmptiesWhatWasPrepared(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "store")
+	p := NewPool(openFile(t, path, 64<<20))
+	s := allocOne(t, p, AllBlocks)
+	if err := p.WriteAt(s, make([]byte, SlotSize), 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Close(); err != nil {
+		t.Fatal(err)
+	}
+	part := openFile(t, path, 0)
+	for _, off := range []int64{1 * SlotSize, 200 * SlotSize, 700 * SlotSize} {
+		if err := part.Prepare(off, unitSlots*SlotSize); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := part.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if got := backingOf(t, path); got < 3*unitSlots*SlotSize {
+		t.Fatalf("bytes on disk\n got %d\nwant what was prepared", got)
+	}
+	p = openPool(t, openFile(t, path, 0))
+	if err := p.Adopt(s, AllBlocks); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Discard(); err != nil {
+		t.Fatal(err)
+	}
+	if got := backingOf(t, path); got > SlotSize+8192 {
+		t.Errorf("bytes on disk after Discard\n got %d\nwant the header and what was adopted", got)
+	}
+}
+
 func TestAdoptRefuses(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "store")
 	p := NewPool(openFile(t, path, 64<<20))

@@ -50,8 +50,9 @@ type Part interface {
 	// Punch gives the backing of [off, off+n) back.
 	Punch(off, n int64) error
 
-	// NextData is the first offset from off on that may have backing, or
-	// the end of the last slot if there is none.
+	// NextData is the first offset from off on that may hold data, or the end
+	// of the last slot if there is none. Backing that was prepared and never
+	// written is no data.
 	NextData(off int64) (int64, error)
 
 	// Avail is how many bytes of backing can still be had.
