@@ -66,3 +66,29 @@ func TestSnapshotsComeAndGo(t *testing.T) {
 	}
 	wantBytes(t, "the old image at the end", image(t, old.Snapshot, "d0"), old.held)
 }
+
+// TestNamelessHeadIsFolded takes a snapshot after the newest one was destroyed: the
+// head that was left nameless is one no more, and goes to the image that reads it,
+// which holds it then.
+func TestNamelessHeadIsFolded(t *testing.T) {
+	const size = 4 * chunkSize
+	r := newRig(t, 1, size, 16<<20)
+	d := r.devs[0]
+	put(t, d, 1, 0, size)
+	old := image(t, r.take("old"), "d0")
+	gone := r.take("gone")
+	put(t, d, 2, 0, chunkSize)
+	r.destroy(gone)
+	put(t, d, 3, chunkSize, chunkSize)
+	r.take("new")
+	if !d.settle(settleLimit) {
+		t.Fatal("no end of folding")
+	}
+	if got := len(old.chain(nil, nil)); got != 2 {
+		t.Errorf("the old image is looked for in %d layers, want 2", got)
+	}
+	if got := old.Holds(); got != 2*chunkSize {
+		t.Errorf("the old image holds %d bytes, want %d", got, 2*chunkSize)
+	}
+	want(t, old, 1, 0, size)
+}

@@ -242,6 +242,9 @@ func (p *prepared) commit() {
 	defer d.mu.Unlock()
 	if n := len(d.layers); n > 0 {
 		d.layers[n-1].newer.Store(p.layer)
+		if d.layers[n-1].image == nil {
+			d.askLocked() // it can be folded, now that it is not the head
+		}
 	}
 	d.layers = append(d.layers, p.layer)
 	d.addImageLocked(p.image)
