@@ -118,10 +118,14 @@ func checkSize(size int64) error {
 // ignored, as is n == 0. Where the memory for it cannot be had the map is Lost
 // when Mark returns.
 func (m *Map) Mark(off, n int64) {
-	t := m.live.Load()
-	if t.seen(off, n) {
-		return
+	if t := m.live.Load(); !t.seen(off, n) {
+		m.markNow(t, off, n)
 	}
+}
+
+// markNow is Mark for what the live map's tree t has not seen. It is apart so that
+// Mark has nothing to keep for it.
+func (m *Map) markNow(t *tree, off, n int64) {
 	from, to := t.span(off, n)
 	m.mark(from, to, t.number)
 }

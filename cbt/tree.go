@@ -58,12 +58,14 @@ func (t *tree) span(off, n int64) (from, to int64) {
 
 // leaf returns the leaf that holds block, 0 if there is none.
 func (t *tree) leaf(block int64) link {
-	l := link(t.root.Load())
-	if block>>spanBits(l.level()) != 0 {
+	l, b := link(t.root.Load()), uint64(block)
+	shift := uint(spanBits(l.level())) % 64
+	if b>>shift != 0 {
 		return 0
 	}
-	for l.level() > 0 {
-		l = t.link(l.slot(block))
+	for shift > leafBits {
+		shift = (shift - indexBits) % 64
+		l = t.link(l.data() + int64(b>>shift%(1<<indexBits)*8))
 	}
 	return l
 }
@@ -71,16 +73,17 @@ func (t *tree) leaf(block int64) link {
 // seen says that [off, off+n) is inside one tracking block that is marked
 // already. It is the short way for most writes.
 func (t *tree) seen(off, n int64) bool {
-	b := off >> t.shift
-	if n <= 0 || (off+n-1)>>t.shift != b {
+	shift := uint(t.shift) % 64
+	b := uint64(off) >> shift
+	if n <= 0 || uint64(off+n-1)>>shift != b {
 		return false
 	}
-	l := t.leaf(b)
+	l := t.leaf(int64(b))
 	if l.epoch() != t.epoch {
 		return false
 	}
-	w := t.load(l.data() + b&(1<<leafBits-1)&^7)
-	return uint64(byte(w>>(b&7*8))) == t.number-t.base
+	w := t.load(l.data() + int64(b%(1<<leafBits)&^7))
+	return uint64(byte(w>>(b%8*8))) == t.number-t.base
 }
 
 // mark raises the bytes of the blocks [from, to) to at least number, as far as
