@@ -1,8 +1,8 @@
 package cbt
 
 import (
-	"fmt"
 	"math/rand/v2"
+	"runtime"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -34,29 +34,36 @@ func offsets(size int64, k int) []int64 {
 }
 
 // BenchmarkMark is the mark of one 4 KiB write at a random offset that was
-// written since the last snapshot. On the larger devices it waits for the byte:
-// the map does not fit in the processor's cache.
+// written since the last snapshot, by one writer and by as many as there are
+// processors, for each of them. On the larger devices it waits for the byte: the
+// map does not fit in the processor's cache.
 func BenchmarkMark(b *testing.B) {
-	for _, size := range []int64{10 << 30, 1 << 40, justUnder16TiB} {
-		m := newBenchMap(b, size)
-		offs := offsets(size, 1<<20)
-		m.Mark(0, size)
-		name := fmt.Sprintf("%dGiB", (size+4096)>>30)
-		b.Run(name, func(b *testing.B) {
-			i := 0
-			for b.Loop() {
-				m.Mark(offs[i&(len(offs)-1)], 4096)
-				i++
-			}
-		})
-		b.Run(name+"/parallel", func(b *testing.B) {
-			var start atomic.Int64
-			b.RunParallel(func(pb *testing.PB) {
-				i := start.Add(1 << 18)
-				for pb.Next() {
-					m.Mark(offs[i&int64(len(offs)-1)], 4096)
+	for _, d := range []struct {
+		name string
+		size int64
+	}{{"10GiB", 10 << 30}, {"1TiB", 1 << 40}, {"16TiB", justUnder16TiB}} {
+		b.Run(d.name, func(b *testing.B) {
+			m := newBenchMap(b, d.size)
+			offs := offsets(d.size, 1<<20)
+			m.Mark(0, d.size)
+			b.Run("alone", func(b *testing.B) {
+				i := 0
+				for b.Loop() {
+					m.Mark(offs[i&(len(offs)-1)], 4096)
 					i++
 				}
+			})
+			b.Run("together", func(b *testing.B) {
+				var start atomic.Int64
+				b.RunParallel(func(pb *testing.PB) {
+					i := start.Add(1 << 18)
+					for pb.Next() {
+						m.Mark(offs[i&int64(len(offs)-1)], 4096)
+						i++
+					}
+				})
+				each := b.Elapsed() * time.Duration(runtime.GOMAXPROCS(0))
+				b.ReportMetric(float64(each.Nanoseconds())/float64(b.N), "ns/mark")
 			})
 		})
 	}
@@ -111,38 +118,46 @@ func markRuns(m *Map) {
 	}
 }
 
-// BenchmarkFreeze16TiB is a snapshot of a full map, with 100 leaves marked
-// since the last one. It says how long the slowest of 1,000 took.
+// BenchmarkFreeze16TiB is a snapshot of a full map in which nothing, 100 leaves, or
+// all were marked since the last one. It says how long the slowest took.
 func BenchmarkFreeze16TiB(b *testing.B) {
-	m := newBenchMap(b, justUnder16TiB)
-	m.Mark(0, m.Size())
-	offs := offsets(m.Size(), 1<<20)
-	var slowest time.Duration
-	n := 0
-	for b.Loop() {
-		b.StopTimer()
-		for range 100 {
-			m.Mark(offs[n&(len(offs)-1)], 4096)
-			n++
-		}
-		if err := m.Prepare(); err != nil {
-			b.Fatal(err)
-		}
-		b.StartTimer()
-		start := time.Now()
-		f, err := m.Freeze()
-		took := time.Since(start)
-		b.StopTimer()
-		if err != nil {
-			b.Fatal(err)
-		}
-		if n <= 1000*100 {
-			slowest = max(slowest, took)
-		}
-		f.Release()
-		b.StartTimer()
+	for _, tc := range []struct {
+		name string
+		mark func(m *Map, offs []int64)
+	}{
+		{"none", func(*Map, []int64) {}},
+		{"some", func(m *Map, offs []int64) {
+			for _, off := range offs {
+				m.Mark(off, 4096)
+			}
+		}},
+		{"all", func(m *Map, _ []int64) { m.Mark(0, m.Size()) }},
+	} {
+		b.Run(tc.name, func(b *testing.B) {
+			m := newBenchMap(b, justUnder16TiB)
+			m.Mark(0, m.Size())
+			offs := offsets(m.Size(), 1<<20)
+			var slowest time.Duration
+			for i := 0; b.Loop(); i++ {
+				b.StopTimer()
+				tc.mark(m, offs[i*100%(len(offs)-100):][:100])
+				if err := m.Prepare(); err != nil {
+					b.Fatal(err)
+				}
+				b.StartTimer()
+				start := time.Now()
+				f, err := m.Freeze()
+				slowest = max(slowest, time.Since(start))
+				b.StopTimer()
+				if err != nil {
+					b.Fatal(err)
+				}
+				f.Release()
+				b.StartTimer()
+			}
+			b.ReportMetric(float64(slowest.Nanoseconds()), "ns/slowest")
+		})
 	}
-	b.ReportMetric(float64(slowest.Nanoseconds()), "ns/slowest")
 }
 
 // BenchmarkSince16TiB is all runs that changed since the last snapshot:
@@ -156,13 +171,13 @@ func BenchmarkSince16TiB(b *testing.B) {
 		runs    int
 	}{
 		{"runs", markRuns, 1000},
-		{"runs in a full map", func(m *Map) {
+		{"runs-in-a-full-map", func(m *Map) {
 			m.Mark(0, m.Size())
 			freeze(b, m).Release()
 			markRuns(m)
 		}, 1000},
 		{"all", func(m *Map) { m.Mark(0, m.Size()) }, 1},
-		{"every second block", func(m *Map) {
+		{"every-second-block", func(m *Map) {
 			for off := int64(0); off < m.Size(); off += 2 * DefaultBlock {
 				m.Mark(off, 1)
 			}
