@@ -33,6 +33,8 @@ type load struct {
 	anywhere    bool // blocks are chosen freely, in so many that none comes twice
 	forever     bool // until it is stopped
 	half        bool // half of the origin, no block twice
+	short       bool // half a second
+	long        bool // so long that the change map is written down meanwhile
 }
 
 // fioResult is what is used of fio's JSON.
@@ -60,7 +62,14 @@ func (l load) command(b *bench, uri string) *exec.Cmd {
 	case l.total > 0:
 		args = append(args, fmt.Sprint("--io_size=", min(l.total, b.size)))
 	default:
-		args = append(args, "--time_based", fmt.Sprint("--runtime=", b.load.Milliseconds(), "ms"), "--ramp_time=200ms")
+		last := b.load
+		switch {
+		case l.short:
+			last = 500 * time.Millisecond
+		case l.long:
+			last *= 25
+		}
+		args = append(args, "--time_based", fmt.Sprint("--runtime=", last.Milliseconds(), "ms"), "--ramp_time=200ms")
 	}
 	if l.iops > 0 {
 		args = append(args, fmt.Sprint("--rate_iops=", l.iops))
@@ -168,6 +177,16 @@ func cold(path string) error {
 		return err
 	}
 	return unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED)
+}
+
+// syncFiles waits until everything is on the disk in the file system of path.
+func syncFiles(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return unix.Syncfs(int(f.Fd()))
 }
 
 // onDisk is how many bytes a file takes up.

@@ -7,20 +7,22 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"syscall"
 )
 
+// start starts a server of an origin.
+type start = func(b *bench, origin string) (*server, error)
+
 // on measures do on a server that is started for it, over an origin in the
 // page cache, and stopped afterwards.
-func on(start func(*bench, string) (*server, error), do func(*server) (float64, error)) func(*bench) (float64, error) {
+func on(begin start, do func(*server) (float64, error)) func(*bench) (float64, error) {
 	return func(b *bench) (value float64, err error) {
 		if err := warm(b.origin); err != nil {
 			return 0, err
 		}
-		s, err := start(b, b.origin)
+		s, err := begin(b, b.origin)
 		if err != nil {
 			return 0, err
 		}
@@ -29,8 +31,61 @@ func on(start func(*bench, string) (*server, error), do func(*server) (float64, 
 	}
 }
 
+// inTurns measures a load on two servers, each over an origin of its own, that are
+// both there after before was put on them and what that left in memory is on the
+// disk. They have short turns at it, so that a machine that is slower for some
+// seconds is so for both.
+func inTurns(name1 string, start1 start, name2 string, start2 start, before, l load) []subject {
+	var second float64
+	return []subject{
+		{name1, func(b *bench) (float64, error) {
+			other := filepath.Join(b.work, "other")
+			defer os.Remove(other)
+			if err := makeRandom(other, b.size); err != nil {
+				return 0, err
+			}
+			return on(start1, func(s1 *server) (first float64, err error) {
+				s2, err := start2(b, other)
+				if err != nil {
+					return 0, err
+				}
+				defer func() { err = errors.Join(err, s2.stop()) }()
+				first, second, err = turns(s1, s2, before, l)
+				return first, err
+			})(b)
+		}},
+		{name2, func(*bench) (float64, error) { return second, nil }},
+	}
+}
+
+// turns are the mean rates of two servers in turns at l, of which the first is not
+// counted.
+func turns(s1, s2 *server, before, l load) (rate1, rate2 float64, err error) {
+	for _, s := range []*server{s1, s2} {
+		if _, err := before.put(s); err != nil {
+			return 0, 0, err
+		}
+	}
+	if err := syncFiles(s1.b.work); err != nil {
+		return 0, 0, err
+	}
+	const n = 8
+	l.short = true
+	for i := range n + 1 {
+		r1, err1 := l.put(s1)
+		r2, err2 := l.put(s2)
+		if err := errors.Join(err1, err2); err != nil {
+			return 0, 0, err
+		}
+		if i > 0 {
+			rate1, rate2 = rate1+r1/n, rate2+r2/n
+		}
+	}
+	return rate1, rate2, nil
+}
+
 // snapshotted starts blksnap with n snapshots of the origin open.
-func snapshotted(n int) func(*bench, string) (*server, error) {
+func snapshotted(n int) start {
 	return func(b *bench, origin string) (*server, error) {
 		s, err := b.blksnapOn(origin)
 		if err != nil {
@@ -81,9 +136,9 @@ func pauses(q float64) (subjects []subject) {
 	}{
 		{"1 TiB", tiB},
 		{"4 TiB", 4 * tiB},
-		{"16 TiB less 64 KiB", 16*tiB - 64*kiB},
+		{"16 TiB less 64 KiB", nearly16TiB},
 	} {
-		subjects = append(subjects, subject{o.name, onSparse(o.size, func(s *server) (float64, error) {
+		subjects = append(subjects, subject{o.name, onSparse(o.size, func(s *server, _ string) (float64, error) {
 			return pause(s, q)
 		})})
 	}
@@ -114,7 +169,7 @@ func (s *server) heldUp() (float64, error) {
 	if err := os.Mkdir(path, 0o755); err != nil {
 		return 0, err
 	}
-	out, err := output(exec.Command(s.b.blksnap, "snapshot", "show", "pause", "--json", "--control", s.dir+"/control.sock"))
+	out, err := output(s.command("snapshot", "show", "pause", "--json"))
 	if err != nil {
 		return 0, err
 	}
@@ -128,7 +183,7 @@ func (s *server) heldUp() (float64, error) {
 }
 
 // onSparse measures do on blksnap over an origin of many TiB that is a hole.
-func onSparse(size int64, do func(*server) (float64, error)) func(*bench) (float64, error) {
+func onSparse(size int64, do func(s *server, origin string) (float64, error)) func(*bench) (float64, error) {
 	return func(b *bench) (value float64, err error) {
 		dir, err := os.MkdirTemp(b.sparse, "blksnap-bench-")
 		if err != nil {
@@ -144,18 +199,17 @@ func onSparse(size int64, do func(*server) (float64, error)) func(*bench) (float
 			return 0, err
 		}
 		defer func() { err = errors.Join(err, s.stop()) }()
-		return do(s)
+		return do(s, origin)
 	}
 }
 
 // anonymous is how much anonymous memory blksnap has after first writes to an
 // origin of nearly 16 TiB with a snapshot open.
 func anonymous(l load) func(*bench) (float64, error) {
-	const size = 16*tiB - 64*kiB
 	if l.anywhere {
-		l.size = size
+		l.size = nearly16TiB
 	}
-	return onSparse(size, func(s *server) (float64, error) {
+	return onSparse(nearly16TiB, func(s *server, _ string) (float64, error) {
 		if err := s.snapshots(1); err != nil {
 			return 0, err
 		}

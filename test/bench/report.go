@@ -21,12 +21,14 @@ const (
 	requestRate unit = iota // requests a second
 	byteRate                // bytes a second
 	byteCount
-	micros // microseconds
+	nanos
+	micros
+	millis
 	factor
 )
 
 func (u unit) String() string {
-	return [...]string{"requests/s", "MiB/s", "MiB", "us", ""}[u]
+	return [...]string{"requests/s", "MiB/s", "MiB", "ns", "us", "ms", ""}[u]
 }
 
 // print formats a value in the unit, without its name.
@@ -86,7 +88,7 @@ func writeReport(w io.Writer, o options, results []result, took time.Duration) e
 // conditions says what was measured, with what, where.
 func conditions(o options, took time.Duration) string {
 	return fmt.Sprintf(`Made by %smake bench%s on %s in %s: medians of %d, in brackets the lowest and highest, and in the next columns
-how many times the value of that subject the first one's is. Every subject of a row is measured in each run, one after the other. Origin:
+how many times the value of that subject the first one's is. Every subject of a row is measured in each run, one after the other or in turns. Origin:
 %d MiB of random bytes in page cache, on %s; snapstore: a file beside it; unix sockets; fio's nbd engine.
 
 %s, %d cores, %s memory; Linux %s.

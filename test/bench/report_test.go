@@ -67,3 +67,13 @@ func TestReportIsATable(t *testing.T) {
 		t.Errorf("row\n got %swant %s", lines[2], want)
 	}
 }
+
+func TestBenchmarked(t *testing.T) {
+	out := []byte("goos: linux\ncpu: AMD\nBenchmarkMark/1TiB/together-2 \t 100\t 46.81 ns/op\t 93.5 ns/mark\nPASS\n")
+	if got, err := benchmarked(out, "ns/mark"); got != 93.5 || err != nil {
+		t.Errorf("ns/mark\n got %v, %v\nwant 93.5", got, err)
+	}
+	if got, err := benchmarked(out, "ns/slowest"); err == nil {
+		t.Errorf("ns/slowest\n got %v\nwant an error", got)
+	}
+}

@@ -42,6 +42,14 @@ var (
 	first4k32 = load{rw: "randwrite", block: 4 * kiB, depth: 32, total: 800 * miB}
 	first1m4  = load{rw: "write", block: miB, depth: 4, total: 2 * giB}
 
+	// What a minute of writes costs, with all that is done once a minute.
+	long4k32 = load{rw: "randwrite", block: 4 * kiB, depth: 32, long: true}
+	long1m4  = load{rw: "write", block: miB, depth: 4, long: true}
+
+	// As many as 1 TiB has regions of 64 MiB, and one write to each of them.
+	anywhere4k32 = load{rw: "randwrite", block: 4 * kiB, depth: 32, size: tiB, total: 16384 * 4 * kiB, anywhere: true}
+	eachRegion   = load{rw: fmt.Sprint("write:", 64*miB-4*kiB), block: 4 * kiB, depth: 32, size: tiB, total: 16384 * 4 * kiB}
+
 	everything = load{rw: "write", block: miB, depth: 4, total: tiB}
 	half       = load{rw: "randwrite", block: 64 * kiB, depth: 8, half: true}
 )
@@ -52,6 +60,7 @@ const (
 	own        = "blksnap against itself"
 	snapshots  = "Taking a snapshot under write load: how long writes were held up"
 	memory     = "Memory"
+	tracking   = "Change tracking"
 	images     = "Reading an image"
 )
 
@@ -80,10 +89,8 @@ var rows = []row{
 		{"QEMU copy-before-write", on((*bench).qemuSnapshot, spaceFactor("target"))},
 	}, "at most 1.05"},
 
-	{"second4k32", own, "a second 4 KiB random write to each block, 32 in flight: snapshot open, no snapshot", requestRate, []subject{
-		{"with", on(snapshotted(1), secondWrites)},
-		{"without", on((*bench).blksnapOn, secondWrites)},
-	}, "0.97"},
+	{"second4k32", own, "a second 4 KiB random write to each block, 32 in flight: snapshot open, no snapshot", requestRate,
+		inTurns("with", snapshotted(1), "without", (*bench).blksnapOn, everything, write4k32), "0.97"},
 	{"first16", own, "first 4 KiB random writes, 32 in flight: 16 snapshots open, one open", requestRate, []subject{
 		{"with", on(snapshotted(16), first4k32.put)},
 		{"without", on(snapshotted(1), first4k32.put)},
@@ -111,6 +118,33 @@ var rows = []row{
 		{"blksnap", anonymous(load{rw: "randwrite", block: 4 * kiB, depth: 32, total: giB, anywhere: true})},
 	}, "under 256 MiB"},
 
+	{"mark", tracking, "marking a 4 KiB write at random, that was marked before", nanos,
+		marks("alone", "ns/op"), "under 50 ns"},
+	{"marktogether", tracking, "the same, while another writer marks, too", nanos,
+		marks("together", "ns/mark"), "under 50 ns"},
+	{"freeze", tracking, "freezing a full map of just under 16 TiB, the slowest of 30, after marks in so much of it", micros,
+		[]subject{
+			{"none", goBench("BenchmarkFreeze16TiB/none", "ns/slowest", "30x", 1e-3)},
+			{"100 leaves", goBench("BenchmarkFreeze16TiB/some", "ns/slowest", "30x", 1e-3)},
+			{"all", goBench("BenchmarkFreeze16TiB/all", "ns/slowest", "30x", 1e-3)},
+		}, "under 100 us"},
+	{"since", tracking, "since/NUM of just under 16 TiB, of which 1 % changed in 1,000 runs, to the last byte", millis,
+		[]subject{
+			{"file in the tree", onSparse(nearly16TiB, increment)},
+			{"map alone", goBench("BenchmarkSince16TiB/runs-in-a-full-map", "ns/op", "20x", 1e-6)},
+		}, "under 50 ms"},
+	{"restart", tracking, "after SIGKILL, that device, 100,000 chunks preserved: from the start to the first reply", millis,
+		[]subject{{"blksnap", onSparse(nearly16TiB, restart)}}, "under 1,000 ms"},
+	{"record4k32", tracking, "4 KiB random write, 32 in flight, over a checkpoint: with and without a record for loss of power", requestRate,
+		withAndWithoutState(long4k32), "0.98"},
+	{"record1m4", tracking, "1 MiB sequential write, 4 in flight, the same", byteRate,
+		withAndWithoutState(long1m4), "0.98"},
+	{"record1t", tracking, "16,384 random 4 KiB writes over 1 TiB just after a checkpoint; after each region was recorded", requestRate,
+		[]subject{
+			{"unrecorded", recorded(nil)},
+			{"recorded", recorded(&eachRegion)},
+		}, "-"},
+
 	image("untouched", "dd bs=1M of the image file, origin untouched", nil, "nbdfuse 5, QEMU 5"),
 	image("half", "dd bs=1M, half of it overwritten, 64 KiB at random", &half, "nbdfuse 4, QEMU 4"),
 	image("all", "dd bs=1M, all of it overwritten", &everything, "nbdfuse 4, QEMU 4"),
@@ -123,6 +157,9 @@ var rows = []row{
 		{"QEMU snapshot-access", on((*bench).qemuSnapshot, func(s *server) (float64, error) { return s.nbdcopy("image") })},
 	}, "1.1"},
 }
+
+// slow are rows that take minutes: they are measured twice at most.
+var slow = map[string]bool{"record4k32": true, "record1m4": true}
 
 // servers measures the same on blksnap and on the two peers without snapshots.
 func servers(do func(*server) (float64, error)) []subject {
@@ -182,13 +219,6 @@ func spaceFactor(file string) func(*server) (float64, error) {
 		after, err := onDisk(path)
 		return (after - before) / float64(min(first4k32.total, s.b.size)), err
 	}
-}
-
-func secondWrites(s *server) (float64, error) {
-	if _, err := everything.put(s); err != nil {
-		return 0, err
-	}
-	return write4k32.put(s)
 }
 
 func (s *server) imageFile() string { return s.dir + "/tree/snapshots/s0/vda.img" }

@@ -25,6 +25,7 @@ const patience = 30 * time.Second
 type server struct {
 	b      *bench
 	dir    string
+	run    string // blksnap's run directory, on a tmpfs as it is in use
 	socket string
 	live   string // the export that is written to
 	cmd    *exec.Cmd
@@ -38,17 +39,23 @@ func (s *server) uri(export string) string {
 	return "nbd+unix:///" + export + "?socket=" + s.socket
 }
 
-// startServer starts a program that listens on a socket in its directory, and
-// returns when it does. args is called with that directory.
-func (b *bench) startServer(live string, args func(dir string) []string) (*server, error) {
+// startServer starts a program that listens on the server's socket, and returns
+// when it does. args is its command line.
+func (b *bench) startServer(live string, args func(*server) ([]string, error)) (*server, error) {
 	dir, err := os.MkdirTemp(b.work, "server-")
 	if err != nil {
 		return nil, err
 	}
 	s := &server{b: b, dir: dir, live: live, socket: filepath.Join(dir, "nbd.sock")}
-	line := args(dir)
-	if s.cmd, err = s.start(line); err != nil {
-		return nil, err
+	if s.run, err = os.MkdirTemp(b.rundir, "blksnap-bench-"); err != nil {
+		return nil, errors.Join(err, os.RemoveAll(dir))
+	}
+	line, err := args(s)
+	if err == nil {
+		s.cmd, err = s.start(line)
+	}
+	if err != nil {
+		return nil, errors.Join(err, os.RemoveAll(s.dir), os.RemoveAll(s.run))
 	}
 	err = waitFor(line[0]+" listens", func() bool {
 		conn, err := net.Dial("unix", s.socket)
@@ -73,7 +80,7 @@ func (s *server) start(line []string) (*exec.Cmd, error) {
 	return cmd, nil
 }
 
-// stop ends the server and removes its directory.
+// stop ends the server and removes its directories.
 func (s *server) stop() error {
 	var errs []error
 	for _, point := range slices.Backward(s.mounts) {
@@ -89,7 +96,7 @@ func (s *server) stop() error {
 			errs = append(errs, fmt.Errorf("%s did not stop", cmd.Path))
 		}
 	}
-	return errors.Join(append(errs, os.RemoveAll(s.dir))...)
+	return errors.Join(append(errs, os.RemoveAll(s.dir), os.RemoveAll(s.run))...)
 }
 
 // when returns the server once a file in its directory has at least n bytes,
@@ -116,15 +123,15 @@ func waitFor(what string, done func() bool) error {
 }
 
 func (b *bench) nbdkit(origin string) (*server, error) {
-	return b.startServer("", func(dir string) []string {
-		return []string{"nbdkit", "--foreground", "--unix", dir + "/nbd.sock", "file", origin}
+	return b.startServer("", func(s *server) ([]string, error) {
+		return []string{"nbdkit", "--foreground", "--unix", s.socket, "file", origin}, nil
 	})
 }
 
 func (b *bench) qemuNbd(origin string) (*server, error) {
-	return b.startServer("vda", func(dir string) []string {
+	return b.startServer("vda", func(s *server) ([]string, error) {
 		return []string{"qemu-nbd", "--format=raw", "--persistent", "--shared=64", "--discard=unmap",
-			"--cache=writeback", "--export-name=vda", "--socket=" + dir + "/nbd.sock", origin}
+			"--cache=writeback", "--export-name=vda", "--socket=" + s.socket, origin}, nil
 	})
 }
 
@@ -133,9 +140,9 @@ func (b *bench) qemuNbd(origin string) (*server, error) {
 // file image in its directory. Target and origin are both raw, the cheapest
 // that there is.
 func (b *bench) qemuSnapshot(origin string) (*server, error) {
-	var prepared error
-	s, err := b.startServer("vda", func(dir string) []string {
-		prepared = errors.Join(makeSparse(dir+"/target", b.size), os.WriteFile(dir+"/image", nil, 0o600))
+	s, err := b.startServer("vda", func(s *server) ([]string, error) {
+		dir := s.dir
+		err := errors.Join(makeSparse(dir+"/target", b.size), os.WriteFile(dir+"/image", nil, 0o600))
 		return []string{"qemu-storage-daemon",
 			"--blockdev", "driver=file,node-name=originfile,discard=unmap,filename=" + origin,
 			"--blockdev", "driver=raw,node-name=origin,file=originfile",
@@ -143,28 +150,42 @@ func (b *bench) qemuSnapshot(origin string) (*server, error) {
 			"--blockdev", "driver=raw,node-name=target,file=targetfile",
 			"--blockdev", "driver=copy-before-write,node-name=before,file=origin,target=target",
 			"--blockdev", "driver=snapshot-access,node-name=old,file=before",
-			"--nbd-server", "addr.type=unix,max-connections=0,addr.path=" + dir + "/nbd.sock",
+			"--nbd-server", "addr.type=unix,max-connections=0,addr.path=" + s.socket,
 			"--export", "type=nbd,id=live,node-name=before,name=vda,writable=on",
 			"--export", "type=nbd,id=old,node-name=old,name=image",
-			"--export", "type=fuse,id=file,node-name=old,mountpoint=" + dir + "/image"}
+			"--export", "type=fuse,id=file,node-name=old,mountpoint=" + dir + "/image"}, err
 	})
-	if err != nil || prepared != nil {
-		return nil, errors.Join(prepared, err)
+	if err != nil {
+		return nil, err
 	}
 	return s.when("QEMU exports its file", s.dir+"/image", b.size)
 }
 
 // blksnapOn serves origin as vda, with a snapstore in a file beside it.
 func (b *bench) blksnapOn(origin string) (*server, error) {
-	s, err := b.startServer("vda", func(dir string) []string {
-		os.Mkdir(dir+"/tree", 0o755) // serve refuses if it is not there
-		return []string{b.blksnap, "serve", "--mount", dir + "/tree", "--run", dir, "--state", dir + "/state",
-			"--store", fmt.Sprintf("file:%s/store:%d", dir, 4*b.size), "vda=" + origin}
+	return b.blksnapWith(origin, func(*server) error { return nil })
+}
+
+// blksnapWith is blksnapOn after its directories were prepared.
+func (b *bench) blksnapWith(origin string, prepare func(*server) error) (*server, error) {
+	s, err := b.startServer("vda", func(s *server) ([]string, error) {
+		return s.serve(origin), errors.Join(os.Mkdir(s.dir+"/tree", 0o755), prepare(s))
 	})
 	if err != nil {
 		return nil, err
 	}
 	return s.when("the tree is mounted", s.dir+"/tree/version", 1)
+}
+
+// serve is the command line of blksnap over origin.
+func (s *server) serve(origin string) []string {
+	return []string{s.b.blksnap, "serve", "--mount", s.dir + "/tree", "--run", s.run, "--state", s.dir + "/state",
+		"--listen", "unix://" + s.socket, "--store", fmt.Sprintf("file:%s/store:%d", s.dir, 4*s.b.size), "vda=" + origin}
+}
+
+// command is a blksnap command to the server.
+func (s *server) command(args ...string) *exec.Cmd {
+	return exec.CommandContext(s.b.ctx, s.b.blksnap, append(args, "--control", s.run+"/control.sock")...)
 }
 
 // snapshots takes n snapshots of blksnap's, called s0, s1 and so on.
