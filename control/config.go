@@ -55,22 +55,20 @@ type Config struct {
 
 // DeviceConfig is what can be set for each device when it is added.
 type DeviceConfig struct {
-	TrackingBlock Size          `placeholder:"SIZE" yaml:"tracking-block" json:"tracking_block,omitempty" help:"Unit of the changed-block map, a power of two from 4KiB to 16MiB (64KiB)."`
+	TrackingBlock Size          `placeholder:"SIZE" yaml:"tracking-block" json:"tracking_block,omitempty" help:"Unit of the changed-block map, a power of two from 4KiB to 16MiB (what it was; 64KiB for a new device). Another one begins a new generation."`
 	StoreWait     time.Duration `placeholder:"DURATION" yaml:"store-wait" json:"store_wait,omitempty" help:"How long a write waits for space in a full snapstore before snapshots are lost (0s)."`
 }
 
 // The tracking blocks that a device can have, in bytes.
 const (
-	defaultTrackingBlock = 64 << 10
-	minTrackingBlock     = 4 << 10
-	maxTrackingBlock     = 16 << 20
+	minTrackingBlock = 4 << 10
+	maxTrackingBlock = 16 << 20
 )
 
-// check fills in what was not given and refuses what no device can have
-// (EINVAL).
-func (c *DeviceConfig) check() error {
-	c.TrackingBlock = cmp.Or(c.TrackingBlock, defaultTrackingBlock)
-	if b := c.TrackingBlock; b < minTrackingBlock || b > maxTrackingBlock || b&(b-1) != 0 {
+// check refuses what no device can have (EINVAL). A tracking block that was not
+// given stays so: the device may have one already.
+func (c DeviceConfig) check() error {
+	if b := c.TrackingBlock; b != 0 && (b < minTrackingBlock || b > maxTrackingBlock || b&(b-1) != 0) {
 		return refuse(syscall.EINVAL, "tracking block of %d bytes is not a power of two from 4KiB to 16MiB", b)
 	}
 	if c.StoreWait < 0 {

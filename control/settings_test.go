@@ -53,7 +53,7 @@ func TestSettle(t *testing.T) {
 			mount: "/m", run: "/r", state: "/s", control: "/r/control.sock",
 			listen:  []string{"unix:///r/nbd.sock"},
 			stores:  []store.Spec{{Kind: store.File, Path: "/s/snapstore"}},
-			devices: []DeviceRequest{{"vda", "/a.img", DeviceConfig{TrackingBlock: defaultTrackingBlock}}},
+			devices: []DeviceRequest{{"vda", "/a.img", DeviceConfig{}}},
 		}
 		if diff := cmp.Diff(want, got, cmp.AllowUnexported(settings{})); diff != "" {
 			t.Errorf("settings, -want +got:\n%s", diff)

@@ -168,6 +168,11 @@ func (d *Device) recoverChanges(noted int64) (map[uint64]*cbt.Frozen, error) {
 		return nil, errBlank
 	case err != nil:
 		return nil, err
+	case d.cfg.TrackingBlock == 0 && m.BlockSize() != cbt.DefaultBlock:
+		// It stays what it was, and needs as much address space.
+		m.Close()
+		d.cfg.TrackingBlock = m.BlockSize()
+		return d.recoverChanges(noted)
 	case m.Size() != d.Size() && noted != d.Size():
 		return nil, fmt.Errorf("it is of a device of %d bytes, this has %d", m.Size(), d.Size())
 	}
