@@ -46,7 +46,7 @@ func (d *Daemon) checkFreeze(q FreezeRequest) (any, error) {
 		if err := unix.Stat(m, &st); err != nil {
 			return nil, fmt.Errorf("freeze %s: %w", m, err)
 		}
-		if what := used[st.Dev]; what != "" {
+		if what := used[fileSystem(m, &st)]; what != "" {
 			return nil, refuse(syscall.EBUSY, "freeze %s: its file system holds %s", m, what)
 		}
 	}
@@ -64,10 +64,24 @@ func fileSystems(path, what string, used map[uint64]string, depth int) {
 		belowDevice(st.Rdev, what, used, depth-1)
 		return
 	}
-	if used[st.Dev] == "" {
-		used[st.Dev] = what
-		belowDevice(st.Dev, what, used, depth-1)
+	if dev := fileSystem(path, &st); used[dev] == "" {
+		used[dev] = what
+		belowDevice(dev, what, used, depth-1)
 	}
+}
+
+// fileSystem is the number of the file system that path is on, that of its block
+// device where it stands on one: btrfs gives each subvolume another.
+func fileSystem(path string, st *unix.Stat_t) uint64 {
+	if unix.Major(st.Dev) != 0 {
+		return st.Dev
+	}
+	var source unix.Stat_t
+	m, err := mountOf(path)
+	if err == nil && filepath.IsAbs(m.source) && unix.Stat(m.source, &source) == nil && source.Mode&unix.S_IFMT == unix.S_IFBLK {
+		return source.Rdev
+	}
+	return st.Dev
 }
 
 // belowDevice does the same for what a block device stands on.

@@ -77,12 +77,43 @@ func TestFreeze(t *testing.T) {
 	}
 }
 
+// TestFreezeOfSubvolumes freezes what is the origin's file system under another number,
+// and what is below it.
+func TestFreezeOfSubvolumes(t *testing.T) {
+	needRoot(t)
+	need(t, "mkfs.btrfs", "btrfs")
+	below := mountOther(t, 192*miB)
+	disk := filepath.Join(below, "disk.img")
+	write(t, disk, nil)
+	if err := os.Truncate(disk, 160*miB); err != nil {
+		t.Fatal(err)
+	}
+	run(t, "mkfs.btrfs", "-q", "-f", disk)
+	dev := loop(t, disk, false)
+	top := mount(t, dev, "btrfs", "")
+	thawAtEnd(t, top)
+	for _, name := range []string{"a", "b"} {
+		run(t, "btrfs", "-q", "subvolume", "create", filepath.Join(top, name))
+	}
+	b := mount(t, dev, "btrfs", "subvol=b")
+	origin := filepath.Join(top, "a", "vda.img")
+	write(t, origin, make([]byte, miB))
+	d := serve(t, origin)
+	defer d.stop() // the origin's file system is to be unmounted
+	for _, point := range []string{top, b, filepath.Join(top, "b"), below} {
+		r := d.try("snapshot", "create", "--freeze", point)
+		if want := "its file system holds the origin of device vda"; r.status != 1 || !strings.Contains(r.stderr, want) {
+			t.Errorf("freeze %s: status %d, %q; want status 1 and that %s", point, r.status, r.stderr, want)
+		}
+	}
+}
+
 // TestThaw freezes a file system that the daemon has nothing to do with, and then
 // the daemon or the command fails.
 func TestThaw(t *testing.T) {
 	needRoot(t)
 	d, _ := serveOrigin(t, 4*miB)
-	point := mountOther(t)
+	point := mountOther(t, 16*miB)
 
 	t.Run("the command is killed", func(t *testing.T) {
 		cmd := d.command("snapshot", "create", "killed", "--before", "kill -STOP "+pid(d), "--freeze", point)
@@ -144,7 +175,7 @@ func TestThaw(t *testing.T) {
 func TestThawWithoutDaemon(t *testing.T) {
 	needRoot(t)
 	d, origin := serveOrigin(t, 4*miB)
-	point := mountOther(t)
+	point := mountOther(t, 16*miB)
 	cmd := d.command("snapshot", "create", "s", "--before", "kill -STOP "+pid(d), "--freeze", point)
 	ended := make(chan result, 1)
 	go func() { ended <- endWithin(t, time.Minute, cmd) }()
@@ -163,11 +194,11 @@ func TestThawWithoutDaemon(t *testing.T) {
 }
 
 // mountOther mounts a file system that the daemon has nothing to do with.
-func mountOther(t *testing.T) string {
+func mountOther(t *testing.T, size int64) string {
 	t.Helper()
 	disk := filepath.Join(scratch(t), "other.img")
 	write(t, disk, nil)
-	if err := os.Truncate(disk, 16*miB); err != nil {
+	if err := os.Truncate(disk, size); err != nil {
 		t.Fatal(err)
 	}
 	run(t, "mkfs.ext4", "-q", "-F", disk)
