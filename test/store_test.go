@@ -4,6 +4,7 @@ package test
 
 import (
 	"bytes"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -119,13 +120,17 @@ func TestStoreOnOthersExports(t *testing.T) {
 	}
 }
 
-// nbdkitFile serves a file by nbdkit and returns the path of one that reads and
-// writes it.
-func nbdkitFile(t *testing.T, file string) string {
+// nbdkitFile serves a file by nbdkit, with a filter perhaps and what that is told,
+// and returns the path of one that reads and writes it.
+func nbdkitFile(t *testing.T, file string, filter ...string) string {
 	t.Helper()
 	need(t, "nbdkit")
 	socket := filepath.Join(scratch(t), "other.sock")
-	cmd := exec.Command("nbdkit", "--foreground", "--exit-with-parent", "--unix", socket, "file", file)
+	args := []string{"--foreground", "--exit-with-parent", "--unix", socket}
+	if len(filter) > 0 {
+		args, filter = append(args, filter[0]), filter[1:]
+	}
+	cmd := exec.Command("nbdkit", append(append(args, "file", file), filter...)...)
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -157,5 +162,113 @@ func TestStoreLowAtStart(t *testing.T) {
 	eventually(t, "the command has run", func() bool { return exists(told) && read(t, told) != "" })
 	if got := len(d.json("store", "list", "--json")); got != 2 {
 		t.Errorf("the store has %d parts, want 2", got)
+	}
+}
+
+// TestStoreIsEmptyAgain destroys all snapshots: the file takes no space any more, and
+// the memory is the system's.
+func TestStoreIsEmptyAgain(t *testing.T) {
+	needRoot(t)
+	const size = 128 * miB
+	file := filepath.Join(scratch(t), "store")
+	d, _ := serveOrigin(t, size, "--store", "mem:64MiB", "--store", "file:"+file)
+	live := d.open("vda")
+	before := anonymous(t, d)
+	p := make([]byte, miB)
+	for n, name := range []string{"a", "b"} {
+		d.blksnap("snapshot", "create", "--writable", name)
+		for off := int64(0); off < size/2; off += miB {
+			Stamp(p, "vda", off, uint64(n+2))
+			if err := live.writeAt(p, off); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	image := d.open("vda@b")
+	if err := image.writeAt(p, size/2); err != nil {
+		t.Fatal(err)
+	}
+	image.Close()
+	if got := blocks(t, file); got < size/2 {
+		t.Fatalf("the file takes %d bytes on disk, want at least %d", got, size/2)
+	}
+	if got := anonymous(t, d); got < before+48*miB {
+		t.Fatalf("the daemon has %d bytes of memory, want at least 48 MiB more than %d", got, before)
+	}
+	d.blksnap("snapshot", "destroy", "a", "b")
+	for _, part := range d.json("store", "list", "--json") {
+		if part["used"] != 0.0 || part["free"] != part["size"] {
+			t.Errorf("after all snapshots are destroyed there is %v, want nothing used", part)
+		}
+	}
+	eventually(t, "the file is empty", func() bool { return blocks(t, file) <= 64*kiB })
+	eventually(t, "memory is given back", func() bool { return anonymous(t, d) < before+24*miB })
+}
+
+// anonymous is how much memory of its own the daemon has, in bytes.
+func anonymous(t *testing.T, d *daemon) int64 {
+	t.Helper()
+	for line := range strings.Lines(read(t, "/proc/"+pid(d)+"/status")) {
+		var n int64
+		if _, err := fmt.Sscanf(line, "RssAnon: %d kB", &n); err == nil {
+			return n * kiB
+		}
+	}
+	t.Fatal("the kernel does not say how much memory the daemon has")
+	return 0
+}
+
+// TestPartPulledOut takes a block device away under the snapstore: what needs it is
+// lost, and nothing else.
+func TestPartPulledOut(t *testing.T) {
+	needRoot(t)
+	const size = 32 * miB
+	disk, gone := filepath.Join(scratch(t), "disk.img"), filepath.Join(scratch(t), "gone")
+	write(t, disk, make([]byte, 16*miB))
+	dev := loop(t, nbdkitFile(t, disk, "--filter=error", "error-rate=100%", "error-file="+gone), false)
+	d, origin := serveOrigin(t, size, "--store", "dev:"+dev, "--store", "mem:64MiB")
+	defer d.stop() // it has the device open
+	live := d.open("vda")
+	p := make([]byte, miB)
+	overwrite := func(from, to int64, pass uint64) {
+		t.Helper()
+		for off := from; off < to; off += miB {
+			Stamp(p, "vda", off, pass)
+			if err := live.writeAt(p, off); err != nil {
+				t.Fatalf("write at %d: %v", off, err)
+			}
+		}
+	}
+	mkdir(t, d.snapshot("old"))
+	overwrite(0, 8*miB, 2) // into the device
+	run(t, "sync", dev)
+	write(t, gone, nil)
+	write(t, "/proc/sys/vm/drop_caches", []byte("1"))
+	overwrite(8*miB, size, 2)
+	if out := sh(t, `if cp "$1" /dev/null 2>&1; then echo copied; fi`, d.snapshot("old", "vda.img")); !strings.Contains(out, "Input/output error") {
+		t.Errorf("cp of the image says %q, want Input/output error", out)
+	}
+	if got := read(t, d.snapshot("old", "vda.state")); !strings.HasPrefix(got, "failed: ") {
+		t.Errorf("the image's state is %q, want that it failed", got)
+	}
+	if got := d.json("store", "list", "--json")[0]["state"].(string); !strings.HasPrefix(got, "failed: ") {
+		t.Errorf("the part's state is %q, want that it failed", got)
+	}
+	mkdir(t, d.snapshot("new"))
+	overwrite(0, 8*miB, 3)
+	if err := live.flush(); err != nil {
+		t.Fatal(err)
+	}
+	for path, want := range map[string][2]uint64{d.snapshot("new", "vda.img"): {2, 2}, origin: {2, 3}} {
+		content, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := Verify(content, "vda", 0, want[0], want[1]); err != nil {
+			t.Errorf("%s: %v", path, err)
+		}
+	}
+	if got := read(t, d.device("vda", "state")); got != "ok" {
+		t.Errorf("the device's state is %q, want ok", got)
 	}
 }
