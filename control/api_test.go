@@ -304,3 +304,17 @@ func TestFollow(t *testing.T) {
 		t.Errorf("events, -want +got:\n%s", diff)
 	}
 }
+
+// TestTakeForNobody takes a snapshot whose client has left before it was there: it does
+// not stay.
+func TestTakeForNobody(t *testing.T) {
+	ctx, leave := context.WithCancel(t.Context())
+	leave()
+	d := newTestDaemon(t, "vda")
+	if _, err := d.takeSnapshot(ctx, SnapshotRequest{Name: "s"}); !errors.Is(err, context.Canceled) {
+		t.Errorf("take for a client that has left\n got %v\nwant %v", err, context.Canceled)
+	}
+	if got := d.snapshotInfos(); len(got) != 0 {
+		t.Errorf("snapshots\n got %+v\nwant none", got)
+	}
+}

@@ -68,7 +68,9 @@ func handler(d *Daemon) http.Handler {
 	handle("POST /devices/{name}/cbt/reset", func(r *http.Request) (any, error) { return nil, d.reset(r.PathValue("name")) })
 	handle("GET /snapshots", func(*http.Request) (any, error) { return d.snapshotInfos(), nil })
 	handle("GET /snapshots/{name}", func(r *http.Request) (any, error) { return d.snapshotInfo(r.PathValue("name")) })
-	handle("POST /snapshots", body(d.takeSnapshot))
+	handle("POST /snapshots", func(r *http.Request) (any, error) {
+		return body(func(q SnapshotRequest) (SnapshotInfo, error) { return d.takeSnapshot(r.Context(), q) })(r)
+	})
 	handle("POST /snapshots/{name}/rollback", func(r *http.Request) (any, error) {
 		return body(func(q RollbackRequest) (RollbackInfo, error) { return d.rollBack(r.Context(), r.PathValue("name"), q) })(r)
 	})

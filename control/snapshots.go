@@ -3,6 +3,7 @@
 package control
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"slices"
@@ -13,11 +14,16 @@ import (
 	"blksnap/fusefs"
 )
 
-// takeSnapshot takes a snapshot at a client's request.
-func (d *Daemon) takeSnapshot(q SnapshotRequest) (SnapshotInfo, error) {
+// takeSnapshot takes a snapshot at a client's request. It is destroyed again where the
+// client has left before it was taken, which ctx tells: nobody will know of it, and what
+// the client had frozen for it may have been thawed.
+func (d *Daemon) takeSnapshot(ctx context.Context, q SnapshotRequest) (SnapshotInfo, error) {
 	s, err := d.take(q)
 	if err != nil {
 		return SnapshotInfo{}, err
+	}
+	if ctx.Err() != nil && !d.isStopping() {
+		return SnapshotInfo{}, errors.Join(ctx.Err(), d.destroy(s.Name(), true))
 	}
 	return d.describe(s), nil
 }
