@@ -64,6 +64,34 @@ func TestGeometry(t *testing.T) {
 	}
 }
 
+// TestMarkInGaps marks blocks far apart, most of them where the tree has neither a leaf
+// nor a node above it yet.
+func TestMarkInGaps(t *testing.T) {
+	const size, block = 1 << 50, DefaultBlock
+	for shift := leafBits; 1<<shift < size/block; shift++ {
+		m, err := New(newHeap(64<<20), size, block, uuid.New(), 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { closeMap(t, m) })
+		m.Mark(size-1, 1)
+		v := m.View()
+		n := min(int64(size/block)>>shift, 1<<indexBits)
+		for i := range n {
+			m.Mark(i<<shift*block, 1)
+		}
+		v.Release()
+		v = m.View()
+		for i := range n {
+			var p [2]byte
+			if v.ReadMap(p[:], i<<shift); p != [2]byte{1, 0} {
+				t.Errorf("1<<%d: block %d of the map and the next\n got %v\nwant marked, not marked", shift, i<<shift, p)
+			}
+		}
+		v.Release()
+	}
+}
+
 // TestSpan asks for ranges that reach beyond the device, and for none.
 func TestSpan(t *testing.T) {
 	const size = 10*block + 512

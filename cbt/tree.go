@@ -63,7 +63,7 @@ func (t *tree) leaf(block int64) link {
 	if b>>shift != 0 {
 		return 0
 	}
-	for shift > leafBits {
+	for l != 0 && shift > leafBits {
 		shift = (shift - indexBits) % 64
 		l = t.link(l.data() + int64(b>>shift%(1<<indexBits)*8))
 	}
