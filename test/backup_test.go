@@ -238,3 +238,38 @@ func TestQCOW2OfTheTree(t *testing.T) {
 		t.Error("an increment of a destroyed snapshot can be read")
 	}
 }
+
+// A disk that grew and shrank between its backups is in each of them as long as it was
+// then, with zeroes where it grew.
+func TestBackupScriptOverResize(t *testing.T) {
+	needRoot(t)
+	need(t, "qemu-img")
+	t.Logf("repeat with -seed=%d", *seed)
+	rng := rand.New(rand.NewPCG(uint64(*seed), 7))
+	d, origin := serveOrigin(t, 24*miB+512)
+	b := newBackup(t, d)
+	held := map[string]string{} // backup -> a copy of what the device held
+	for round, size := range []int64{24*miB + 512, 33*miB + 3*512, 10*miB + 4*kiB, 30 * miB} {
+		if round > 0 {
+			if err := os.Truncate(origin, size); err != nil {
+				t.Fatal(err)
+			}
+			b.blksnap("device", "resize", "vda")
+			live := b.open("vda")
+			changeForIncrement(t, live, rng, uint64(round+1))
+			live.Close()
+		}
+		b.run()
+		name := b.newest("vda")
+		held[name] = filepath.Join(b.dir, fmt.Sprint("held.", round))
+		run(t, "cp", origin, held[name])
+		checkBackup(t, b, name, round == 0)
+	}
+	raw := filepath.Join(b.dir, "restored")
+	for name, want := range held {
+		write(t, raw, nil)
+		run(t, "truncate", "-r", want, raw)
+		b.run(name, raw)
+		run(t, "cmp", want, raw)
+	}
+}
