@@ -29,6 +29,7 @@ import (
 type Catalogue struct {
 	dir   string // empty: nothing outlives the process
 	state string // empty: nothing outlives the machine
+	disk  stateDisk
 	boot  string
 	mem   *memory
 
@@ -92,7 +93,7 @@ func openSoundCatalogue(dir, boot string) (c *Catalogue, why, err error) {
 }
 
 func openCatalogue(dir, boot string) (*Catalogue, error) {
-	c := &Catalogue{dir: dir, boot: boot, found: make(map[uint64]*Snapshot), opened: make(map[string]bool)}
+	c := &Catalogue{dir: dir, disk: hostDisk{}, boot: boot, found: make(map[uint64]*Snapshot), opened: make(map[string]bool)}
 	path := ""
 	if dir != "" {
 		path = filepath.Join(dir, "catalogue")

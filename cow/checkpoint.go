@@ -45,11 +45,8 @@ import (
 	"hash"
 	"hash/crc32"
 	"io"
-	"os"
-	"path/filepath"
 
 	"github.com/google/uuid"
-	"golang.org/x/sys/unix"
 
 	"blksnap/cbt"
 )
@@ -121,21 +118,14 @@ func decodeCheckpoint(b []byte) (c checkpointInfo, err error) {
 
 // writeCheckpoint writes info and the bytes of the map durably to path, in place
 // of what is there, or leaves that as it is.
-func writeCheckpoint(path string, info checkpointInfo, view *cbt.View) (err error) {
-	f, err := os.OpenFile(path+".new", os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, f.Close(), os.Remove(f.Name()))
-		}
-	}()
-	if _, err = f.Seek(checkpointHeader, io.SeekStart); err != nil {
-		return err
-	}
+func writeCheckpoint(disk stateDisk, path string, info checkpointInfo, view *cbt.View) error {
+	return replaceFile(disk, path, func(f durableFile) error { return info.writeTo(f, view) })
+}
+
+// writeTo writes a checkpoint to f, the header last.
+func (info checkpointInfo) writeTo(f durableFile, view *cbt.View) (err error) {
 	sum := crc32.New(crcTable)
-	w := bufio.NewWriterSize(io.MultiWriter(f, sum), 1<<20)
+	w := bufio.NewWriterSize(io.MultiWriter(io.NewOffsetWriter(f, checkpointHeader), sum), 1<<20)
 	if info.length, err = writeRuns(w, view); err != nil {
 		return err
 	}
@@ -145,16 +135,8 @@ func writeCheckpoint(path string, info checkpointInfo, view *cbt.View) (err erro
 	info.sum = sum.Sum32()
 	var b [checkpointHeader]byte
 	info.encode(b[:])
-	if _, err = f.WriteAt(b[:], 0); err != nil {
-		return err
-	}
-	if err = f.Sync(); err != nil {
-		return err
-	}
-	if err = os.Rename(f.Name(), path); err != nil {
-		return err
-	}
-	return errors.Join(f.Close(), syncDir(filepath.Dir(path)))
+	_, err = f.WriteAt(b[:], 0)
+	return err
 }
 
 // writeRuns writes the parts of the map that are not zero and returns how many
@@ -192,12 +174,12 @@ func writeRuns(w io.Writer, view *cbt.View) (int64, error) {
 // checkpointFile is a checkpoint that was found.
 type checkpointFile struct {
 	checkpointInfo
-	file *os.File
+	file durableFile
 }
 
 // openCheckpoint opens the checkpoint at path.
-func openCheckpoint(path string) (*checkpointFile, error) {
-	f, err := openState(path)
+func openCheckpoint(disk stateDisk, path string) (*checkpointFile, error) {
+	f, err := disk.open(path, false)
 	if err != nil {
 		return nil, err
 	}
@@ -269,17 +251,4 @@ func (c *checkpointFile) mark(m *cbt.Map, r io.Reader) error {
 			i = k
 		}
 	}
-}
-
-// syncDir makes a rename in dir durable.
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	if err := d.Sync(); err != nil && !errors.Is(err, unix.EINVAL) {
-		return err
-	}
-	return nil
 }

@@ -381,7 +381,7 @@ func (d *Device) Remove() error {
 		err = errors.Join(err, os.RemoveAll(d.dir))
 	}
 	if d.stateDir != "" {
-		err = errors.Join(err, os.RemoveAll(d.stateDir))
+		err = errors.Join(err, d.cat.disk.removeAll(d.stateDir))
 	}
 	return err
 }

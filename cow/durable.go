@@ -16,7 +16,7 @@ package cow
 import (
 	"errors"
 	"fmt"
-	"os"
+	"io/fs"
 	"path/filepath"
 	"sync/atomic"
 	"time"
@@ -37,6 +37,7 @@ const (
 // durable is what outlives the machine. It never changes; a device that cannot
 // keep it any more has none.
 type durable struct {
+	disk    stateDisk
 	dir     string
 	regions *regions
 	lease   atomic.Int64 // as regions.state.lease
@@ -134,15 +135,8 @@ func (d *Device) endDurable(u *durable, why error) {
 
 // discard removes the state, durably.
 func (u *durable) discard() error {
-	err := errors.Join(remove(u.checkpointPath()), remove(u.regionsPath()))
-	return errors.Join(err, syncDir(u.dir))
-}
-
-func remove(path string) error {
-	if err := os.Remove(path); !errors.Is(err, os.ErrNotExist) {
-		return err
-	}
-	return nil
+	err := errors.Join(removeFile(u.disk, u.checkpointPath()), removeFile(u.disk, u.regionsPath()))
+	return errors.Join(err, u.disk.syncDir(u.dir))
 }
 
 // dropDurable goes on without durable state for a moment; keepDurable begins it
@@ -163,14 +157,14 @@ func (d *Device) dropDurable() {
 // restartDurable begins an empty record and writes the map down. Until that is
 // done, there is a record without a map of its generation, which nobody trusts.
 func (d *Device) restartDurable() error {
-	if err := os.MkdirAll(d.stateDir, 0o700); err != nil {
+	if err := makeDir(d.cat.disk, d.cat.state, d.stateDir); err != nil {
 		return err
 	}
-	u := &durable{dir: d.stateDir}
+	u := &durable{disk: d.cat.disk, dir: d.stateDir}
 	var err error
 	// A snapshot that is being taken may not have found a record to reserve its
 	// number in.
-	u.regions, err = createRegions(u.regionsPath(), regionsState{
+	u.regions, err = createRegions(u.disk, u.regionsPath(), regionsState{
 		size: d.Size(), generation: d.changes.Generation(), number: d.changes.Number() + 1,
 	})
 	if err != nil {
@@ -185,8 +179,8 @@ func (d *Device) restartDurable() error {
 // reopenDurable goes on with the record of a predecessor in the same boot, whose
 // map is the device's already.
 func (d *Device) reopenDurable() error {
-	u := &durable{dir: d.stateDir}
-	r, err := openRegions(u.regionsPath())
+	u := &durable{disk: d.cat.disk, dir: d.stateDir}
+	r, err := openRegions(u.disk, u.regionsPath())
 	if err != nil {
 		return err
 	}
@@ -233,7 +227,7 @@ func (d *Device) checkpoint() error {
 	if err := d.Flush(); err != nil {
 		return err
 	}
-	if err := writeCheckpoint(u.checkpointPath(), info, view); err != nil {
+	if err := writeCheckpoint(u.disk, u.checkpointPath(), info, view); err != nil {
 		return err
 	}
 	err = u.regions.drop(info.generation, func() bool { return d.writers.turn(d.stop) })
@@ -266,7 +260,7 @@ func (d *Device) closeDurable() error {
 	}
 	view := d.changes.View()
 	defer view.Release()
-	if err := writeCheckpoint(u.checkpointPath(), info, view); err != nil {
+	if err := writeCheckpoint(u.disk, u.checkpointPath(), info, view); err != nil {
 		return err
 	}
 	u.regions.begin()
@@ -278,16 +272,16 @@ func (d *Device) closeDurable() error {
 // into the device, with all recorded regions marked, and goes on with the record.
 // An error says why it cannot be trusted, or (errBlank) that there is none.
 func (d *Device) recoverDurable() error {
-	u := &durable{dir: d.stateDir}
-	c, err := openCheckpoint(u.checkpointPath())
-	if errors.Is(err, os.ErrNotExist) {
+	u := &durable{disk: d.cat.disk, dir: d.stateDir}
+	c, err := openCheckpoint(u.disk, u.checkpointPath())
+	if errors.Is(err, fs.ErrNotExist) {
 		return errBlank
 	}
 	if err != nil {
 		return err
 	}
 	defer c.file.Close()
-	r, err := openRegions(u.regionsPath())
+	r, err := openRegions(u.disk, u.regionsPath())
 	if err != nil {
 		return err
 	}

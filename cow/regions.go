@@ -52,7 +52,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
-	"os"
+	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -74,14 +74,6 @@ const (
 
 // reserveStep is how many numbers are reserved at a time.
 const reserveStep = 16
-
-// durableFile is what the record needs of its file; tests lose power in it.
-type durableFile interface {
-	ReadAt(p []byte, off int64) (int, error)
-	WriteAt(p []byte, off int64) (int, error)
-	Sync() error
-	Close() error
-}
 
 // regionsState is the content of a header.
 type regionsState struct {
@@ -126,19 +118,28 @@ func newRegions(f durableFile, size int64) *regions {
 	return &regions{file: f, n: n, recorded: make([]atomic.Uint64, words), active: make([]atomic.Uint64, words)}
 }
 
-// createRegions makes an empty record at path, durably.
-func createRegions(path string, st regionsState) (*regions, error) {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
+// createRegions makes an empty record, durably, in the place of what is at path.
+func createRegions(disk stateDisk, path string, st regionsState) (*regions, error) {
+	f, err := disk.open(path+".new", true)
 	if err != nil {
 		return nil, err
 	}
 	r := newRegions(f, st.size)
 	r.state = st
-	err = fillFile(f, 0, regionsSets+2*r.setBytes())
+	_, err = f.WriteAt(zeroes[:regionsSets], 0)
 	for set := range uint32(2) {
 		err = errors.Join(err, r.writeSet(set))
 	}
-	if err = errors.Join(err, r.writeHeader()); err != nil {
+	if err == nil {
+		err = r.writeHeader()
+	}
+	if err == nil {
+		err = disk.rename(path+".new", path)
+	}
+	if err == nil {
+		err = disk.syncDir(filepath.Dir(path))
+	}
+	if err != nil {
 		f.Close()
 		return nil, err
 	}
@@ -146,8 +147,8 @@ func createRegions(path string, st regionsState) (*regions, error) {
 }
 
 // openRegions opens the record at path.
-func openRegions(path string) (*regions, error) {
-	f, err := os.OpenFile(path, os.O_RDWR, 0)
+func openRegions(disk stateDisk, path string) (*regions, error) {
+	f, err := disk.open(path, false)
 	if err != nil {
 		return nil, err
 	}

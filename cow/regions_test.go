@@ -14,7 +14,7 @@ import (
 func newTestRegions(t *testing.T, size int64) (*regions, string) {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "regions")
-	r, err := createRegions(path, regionsState{size: size, generation: uuid.New(), number: 7})
+	r, err := createRegions(hostDisk{}, path, regionsState{size: size, generation: uuid.New(), number: 7})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -25,7 +25,7 @@ func newTestRegions(t *testing.T, size int64) (*regions, string) {
 // recordedIn lists the regions that a start finds at path.
 func recordedIn(t *testing.T, path string) []int64 {
 	t.Helper()
-	r, err := openRegions(path)
+	r, err := openRegions(hostDisk{}, path)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -186,7 +186,7 @@ func TestDamagedRecord(t *testing.T) {
 		if err := os.WriteFile(path, bad, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		again, err := openRegions(path)
+		again, err := openRegions(hostDisk{}, path)
 		if err != nil {
 			if !errors.Is(err, ErrDamaged) && !errors.Is(err, ErrVersion) {
 				t.Fatalf("byte %d: got %v, want ErrDamaged or ErrVersion", at, err)
@@ -207,7 +207,7 @@ func TestNumbersAreReserved(t *testing.T) {
 	if err := r.reserve(8); err != nil {
 		t.Fatal(err)
 	}
-	again, err := openRegions(path)
+	again, err := openRegions(hostDisk{}, path)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -224,7 +224,7 @@ func TestNumbersAreReserved(t *testing.T) {
 // TestRegionsEnd asks for regions beyond the end, as a write does that was let in
 // before its device became smaller.
 func TestRegionsEnd(t *testing.T) {
-	r, err := createRegions(filepath.Join(t.TempDir(), "regions"), regionsState{size: 3<<regionShift + 512})
+	r, err := createRegions(hostDisk{}, filepath.Join(t.TempDir(), "regions"), regionsState{size: 3<<regionShift + 512})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -28,7 +28,8 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"os"
+	"io"
+	"io/fs"
 	"path/filepath"
 )
 
@@ -89,7 +90,7 @@ func (i *Image) beginTear() error {
 	}
 	t := &tear{d.changes.Number(), i.snapshot.name}
 	if path := d.tearPath(); path != "" {
-		if err := replaceFile(path, t.encode()); err != nil {
+		if err := d.noteTear(path, t); err != nil {
 			return fmt.Errorf("note the rollback: %w", err)
 		}
 	}
@@ -106,12 +107,38 @@ func (i *Image) endTear() {
 		return
 	}
 	if path := d.tearPath(); path != "" {
-		if err := errors.Join(remove(path), syncDir(d.stateDir)); err != nil {
+		if err := errors.Join(removeFile(d.cat.disk, path), d.cat.disk.syncDir(d.stateDir)); err != nil {
 			d.cfg.Log.Error("cannot note that a rollback has ended: the next start may say that it has not", "err", err)
 		}
 	}
 	d.tear.Store(nil)
 	d.cat.did("take back the note of a tear")
+}
+
+// noteTear writes the note to path, durably.
+func (d *Device) noteTear(path string, t *tear) error {
+	if err := makeDir(d.cat.disk, d.cat.state, d.stateDir); err != nil {
+		return err
+	}
+	return replaceFile(d.cat.disk, path, func(f durableFile) error {
+		_, err := f.WriteAt(t.encode(), 0)
+		return err
+	})
+}
+
+// readTear reads the note at path.
+func readTear(disk stateDisk, path string) (*tear, error) {
+	f, err := disk.open(path, false)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	b := make([]byte, tearBytes+1) // a longer one is none
+	n, err := f.ReadAt(b, 0)
+	if err != nil && err != io.EOF {
+		return nil, err
+	}
+	return decodeTear(b[:n])
 }
 
 // findTear finds what a predecessor noted.
@@ -120,13 +147,9 @@ func (d *Device) findTear() {
 	if path == "" {
 		return
 	}
-	b, err := os.ReadFile(path)
-	if errors.Is(err, os.ErrNotExist) {
+	t, err := readTear(d.cat.disk, path)
+	if errors.Is(err, fs.ErrNotExist) {
 		return
-	}
-	var t *tear
-	if err == nil {
-		t, err = decodeTear(b)
 	}
 	if err != nil {
 		d.cfg.Log.Error("cannot tell which rollback did not end", "err", err)
@@ -143,25 +166,4 @@ func (d *Device) tellTear() {
 	}
 	d.cfg.Log.Error("rollback did not end", "snapshot", t.snapshot, "err", t.String())
 	d.event(EventRollbackFailed, t.snapshot, t.String())
-}
-
-// replaceFile writes b durably to path, in place of what is there, or leaves that as
-// it is. It makes the directory.
-func replaceFile(path string, b []byte) (err error) {
-	dir := filepath.Dir(path)
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return err
-	}
-	f, err := os.OpenFile(path+".new", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(b)
-	if err = errors.Join(err, f.Sync(), f.Close()); err == nil {
-		err = os.Rename(f.Name(), path)
-	}
-	if err != nil {
-		return errors.Join(err, os.Remove(f.Name()))
-	}
-	return errors.Join(syncDir(dir), syncDir(filepath.Dir(dir)))
 }
