@@ -108,9 +108,10 @@ func (d *Device) Mark(off, n int64) error {
 	if off < 0 || n <= 0 || n > d.Size() || off > d.Size()-n {
 		return fmt.Errorf("mark %s: range %d:%d is not within its %d bytes: %w", d.name, off, n, d.Size(), syscall.EINVAL)
 	}
-	g, ok := d.writers.enter(d.stop)
-	if !ok {
-		return ErrStopping
+	// Recorded as for a write: the mark must outlive a loss of power, too.
+	g, err := d.letIn(off, n)
+	if err != nil {
+		return err
 	}
 	defer d.writers.leave(g)
 	d.changes.Mark(off, n)
@@ -118,8 +119,14 @@ func (d *Device) Mark(off, n int64) error {
 }
 
 // Reset begins a new generation of the device's change map, and says why: history
-// before it cannot be asked for any more.
+// before it cannot be asked for any more, nor does a loss of power bring it back.
 func (d *Device) Reset(why string) error {
+	release, err := d.holdDurable()
+	if err != nil {
+		return fmt.Errorf("reset change map of %s: %w", d.name, err)
+	}
+	defer release()
+	d.dropDurable()
 	d.taking.Lock()
 	defer d.taking.Unlock()
 	if d.stopped() { // the gate is shut for ever

@@ -142,7 +142,7 @@ type Device struct {
 	reason      atomic.Pointer[error] // why the generation must end, as yet
 	poked       chan struct{}         // wakes keepDurable
 	keeping     chan struct{}         // full while somebody replaces durable, or writes it down
-	ending      sync.Mutex            // held while it is noted that the generation ended
+	ending      sync.Mutex            // held while it is noted that the generation ends
 
 	stop    chan struct{} // closed when the device closes
 	wake    chan struct{} // wakes the reclaimer
@@ -231,6 +231,7 @@ func (c *Catalogue) open(o *Origin, pool *store.Pool, cfg Config) (*Device, erro
 	if err != nil {
 		return nil, err
 	}
+	d.endFound()
 	if lost != nil {
 		d.noteGeneration(lost.Error())
 	}
@@ -381,7 +382,7 @@ func (d *Device) Remove() error {
 		err = errors.Join(err, os.RemoveAll(d.dir))
 	}
 	if d.stateDir != "" {
-		err = errors.Join(err, d.cat.disk.removeAll(d.stateDir))
+		err = errors.Join(err, within(d.cfg.PreserveLimit, d.removeState))
 	}
 	return err
 }
@@ -456,8 +457,12 @@ func (d *Device) TryRead(p []byte, off int64) error {
 // Flush returns nil when every write that was acknowledged before the call is on
 // stable storage. Once it failed it fails for ever: the kernel drops what it
 // could not write, and tells only once.
-func (d *Device) Flush() error {
-	err := d.flusher.flush()
+func (d *Device) Flush() error { return d.flush(false) }
+
+// flush is Flush; with complete set the times and attributes of the origin are on stable
+// storage, too.
+func (d *Device) flush(complete bool) error {
+	err := d.flusher.flush(complete)
 	if errors.Is(err, os.ErrClosed) {
 		return ErrStopping
 	}

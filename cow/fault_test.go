@@ -91,7 +91,7 @@ func (k *disk) tryWriteAt(p []byte, off int64) error {
 	return err
 }
 
-func (k *disk) sync() error { return k.call("sync", 0, 0) }
+func (k *disk) sync(bool) error { return k.call("sync", 0, 0) }
 
 func (k *disk) zero(off, n int64, free bool) error {
 	if err := k.call("zero", off, n); err != nil {

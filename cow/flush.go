@@ -11,29 +11,32 @@ package cow
 
 import "sync"
 
-// flusher runs sync for many callers. The zero value with sync set is ready.
+// flusher runs sync for many callers.
 type flusher struct {
-	sync func() error
+	sync func(complete bool) error
 
-	mu      sync.Mutex
-	cond    *sync.Cond
-	running bool
-	begun   uint64 // number of the last sync that began
-	ended   uint64 // number of the last sync that ended
-	err     error  // of the first sync that failed
+	mu       sync.Mutex
+	cond     *sync.Cond
+	running  bool
+	complete bool   // the next sync is to be complete
+	begun    uint64 // number of the last sync that began
+	ended    uint64 // number of the last sync that ended
+	err      error  // of the first sync that failed
 }
 
-func newFlusher(fsync func() error) *flusher {
+func newFlusher(fsync func(complete bool) error) *flusher {
 	f := &flusher{sync: fsync}
 	f.cond = sync.NewCond(&f.mu)
 	return f
 }
 
 // flush returns nil when a sync that began after the call has succeeded, and an
-// error if any sync ever failed.
-func (f *flusher) flush() error {
+// error if any sync ever failed. With complete set it was one of times and attributes,
+// too.
+func (f *flusher) flush(complete bool) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	f.complete = f.complete || complete
 	for covering := f.begun + 1; f.ended < covering && f.err == nil; {
 		if f.running {
 			f.cond.Wait()
@@ -41,8 +44,10 @@ func (f *flusher) flush() error {
 		}
 		f.running = true
 		f.begun++
+		complete := f.complete
+		f.complete = false
 		f.mu.Unlock()
-		err := f.sync()
+		err := f.sync(complete)
 		f.mu.Lock()
 		f.running = false
 		f.ended = f.begun

@@ -22,7 +22,7 @@ func newSyncs() *syncs {
 	return &syncs{began: make(chan int, 100), end: make(chan error)}
 }
 
-func (s *syncs) sync() error {
+func (s *syncs) sync(bool) error {
 	s.began <- int(s.count.Add(1))
 	return <-s.end
 }
@@ -32,7 +32,7 @@ func TestFlush(t *testing.T) {
 		s := newSyncs()
 		f := newFlusher(s.sync)
 		for k := 1; k <= 3; k++ {
-			flush := begin(f.flush)
+			flush := begin(func() error { return f.flush(false) })
 			waitsOn(t, flush, "a flush whose sync runs")
 			if got := <-s.began; got != k {
 				t.Errorf("flush %d: sync %d began", k, got)
@@ -50,11 +50,11 @@ func TestFlushForMany(t *testing.T) {
 		const many = 20
 		s := newSyncs()
 		f := newFlusher(s.sync)
-		first := begin(f.flush)
+		first := begin(func() error { return f.flush(false) })
 		<-s.began
 		var flushes []chan error
 		for range many {
-			flushes = append(flushes, begin(f.flush))
+			flushes = append(flushes, begin(func() error { return f.flush(false) }))
 		}
 		for _, flush := range flushes {
 			waitsOn(t, flush, "a flush that came while a sync ran")
@@ -82,21 +82,21 @@ func TestFlushFailsForEver(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newSyncs()
 		f := newFlusher(s.sync)
-		before := begin(f.flush)
+		before := begin(func() error { return f.flush(false) })
 		<-s.began
-		during := begin(f.flush) // is covered by the second sync, which fails
+		during := begin(func() error { return f.flush(false) }) // is covered by the second sync, which fails
 		waitsOn(t, during, "a flush that came while a sync ran")
 		s.end <- nil
 		ends(t, before, "a flush that succeeded before another failed")
 		<-s.began
-		next := begin(f.flush) // would be covered by the third
+		next := begin(func() error { return f.flush(false) }) // would be covered by the third
 		waitsOn(t, next, "a flush that came while the sync that fails ran")
 		s.end <- syscall.EIO
 		synctest.Wait()
 		for what, flush := range map[string]chan error{
 			"a flush whose sync failed":                 during,
 			"a flush that waited for the next sync":     next,
-			"a flush that came after a sync had failed": begin(f.flush),
+			"a flush that came after a sync had failed": begin(func() error { return f.flush(false) }),
 		} {
 			if err := <-flush; !errors.Is(err, syscall.EIO) {
 				t.Errorf("%s: got %v, want EIO", what, err)
@@ -115,7 +115,7 @@ func TestFlushCoversWhatWasWritten(t *testing.T) {
 	var written, durable atomic.Int64
 	var syncing atomic.Int32
 	pauses := rand.New(rand.NewPCG(rng.Uint64(), 0)) // of the syncs alone, one at a time
-	f := newFlusher(func() error {
+	f := newFlusher(func(bool) error {
 		if syncing.Add(1) != 1 {
 			t.Error("two syncs run at once: one would take the other's report of a failure")
 		}
@@ -136,7 +136,7 @@ func TestFlushCoversWhatWasWritten(t *testing.T) {
 				for range r.IntN(200) {
 					_ = written.Load()
 				}
-				if err := f.flush(); err != nil {
+				if err := f.flush(false); err != nil {
 					t.Error(err)
 				}
 				if got := durable.Load(); got < mine {

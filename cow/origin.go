@@ -32,8 +32,9 @@ type originFile interface {
 	// tryWriteAt writes p unless that would wait for a disk: EAGAIN.
 	tryWriteAt(p []byte, off int64) error
 
-	// sync returns nil when everything that was written is on stable storage.
-	sync() error
+	// sync returns nil when everything that was written is on stable storage; with
+	// complete set also when that was, and the origin's attributes.
+	sync(complete bool) error
 
 	// zero makes the range read as zeroes and frees it if free is set;
 	// EOPNOTSUPP where that needs plain writes.
@@ -230,7 +231,12 @@ func (f *hostFile) tryWriteAt(p []byte, off int64) error {
 	return err
 }
 
-func (f *hostFile) sync() error { return f.use(unix.Fdatasync) }
+func (f *hostFile) sync(complete bool) error {
+	if complete {
+		return f.use(unix.Fsync)
+	}
+	return f.use(unix.Fdatasync)
+}
 
 func (f *hostFile) zero(off, n int64, free bool) error {
 	mode := uint32(unix.FALLOC_FL_ZERO_RANGE)

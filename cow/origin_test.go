@@ -338,7 +338,7 @@ func TestHostTryRead(t *testing.T) {
 			if err := f.tryReadAt(got[:1024], size-512); err != syscall.EAGAIN {
 				t.Errorf("beyond the end: got %v, want EAGAIN", err)
 			}
-			if err := errors.Join(f.sync(), unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED)); err != nil {
+			if err := errors.Join(f.sync(false), unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED)); err != nil {
 				t.Fatal(err)
 			}
 			if err := f.tryReadAt(got, 0); err != syscall.EAGAIN {
@@ -400,7 +400,7 @@ func TestHostClosed(t *testing.T) {
 		"try to read":  f.tryReadAt(make([]byte, 1), 0),
 		"try to write": f.tryWriteAt(make([]byte, 4096), 0),
 		"read":         read,
-		"sync":         f.sync(),
+		"sync":         f.sync(false),
 		"zero":         f.zero(0, 4096, true),
 		"next":         next,
 	} {

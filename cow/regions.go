@@ -414,6 +414,14 @@ func (r *regions) extend(t time.Time) error {
 	return r.writeHeader()
 }
 
+// endLease makes the lease end durably at t.
+func (r *regions) endLease(t int64) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.state.lease = t
+	return r.writeHeader()
+}
+
 // begin starts activity anew.
 func (r *regions) begin() {
 	for i := range r.active {

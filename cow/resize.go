@@ -74,10 +74,9 @@ func (d *Device) Shrink(size int64) error {
 	}
 	if err = d.preserveTail(size); err == nil {
 		err = d.cut(size, func() error {
-			d.renewLease(time.Now().UnixNano())
 			d.noteCut(size)
 			d.cat.did("note a cut")
-			err := d.file.truncate(size)
+			err := d.stamp(func() error { return d.file.truncate(size) })
 			d.cat.did("cut an origin")
 			return err
 		})
@@ -92,15 +91,14 @@ func (d *Device) Shrink(size int64) error {
 // holdSize sees to it that nothing happens until release that depends on the size,
 // but for reads and writes.
 func (d *Device) holdSize() (release func(), err error) {
-	select {
-	case <-d.stop:
-		return nil, ErrStopping
-	case d.keeping <- struct{}{}:
+	free, err := d.holdDurable()
+	if err != nil {
+		return nil, err
 	}
 	d.taking.Lock()
 	release = func() {
 		d.taking.Unlock()
-		<-d.keeping
+		free()
 	}
 	switch {
 	case d.stopped():

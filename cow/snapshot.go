@@ -146,7 +146,7 @@ func (d *Device) prepare(s *Snapshot, id uint64, o TakeOptions) (*prepared, erro
 		return nil, fmt.Errorf("%s: %w", d.name, err)
 	}
 	if u := d.durable.Load(); u != nil {
-		d.keepUp("reserve a number", u, func() error { return u.regions.reserve(d.changes.Number() + 1) })
+		d.keepUp("reserve a number", u, func() error { return u.regions.reserve(d.nextNumber()) })
 	}
 	h := layerHeader{number: d.nextLayer, size: d.Size(), snapshot: id, writable: o.Writable, most: s.most}
 	l, err := newLayer(d.dir, h)
@@ -226,6 +226,7 @@ func (p *prepared) freeze() (err error) {
 	d := p.device
 	if d.changes.Lost() {
 		d.newGeneration("no memory for the change map")
+		d.poke()
 	}
 	if p.image.frozen, err = d.changes.Freeze(); err != nil {
 		return err

@@ -108,7 +108,9 @@ func replaceFile(disk stateDisk, path string, write func(durableFile) error) err
 	return disk.syncDir(filepath.Dir(path))
 }
 
-// makeDir makes dir, which is in top, and the directories above it that are missing.
+// makeDir makes dir, which is top or below it, and what is missing above it, and sees
+// to it that a loss of power takes none of the names down to it away: also those that
+// somebody made who did not live to do that.
 func makeDir(disk stateDisk, top, dir string) error {
 	err := disk.mkdir(dir)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -117,8 +119,19 @@ func makeDir(disk stateDisk, top, dir string) error {
 		}
 		err = disk.mkdir(dir)
 	}
-	if errors.Is(err, fs.ErrExist) {
-		return nil
+	if err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
 	}
-	return err
+	for above := filepath.Dir(dir); ; above = filepath.Dir(above) {
+		err := disk.syncDir(above)
+		if len(above) >= len(top) && err != nil {
+			return err
+		}
+		if len(above) < len(top) {
+			if errors.Is(err, fs.ErrPermission) {
+				return nil // not ours: who made top has to have done it
+			}
+			return err
+		}
+	}
 }

@@ -1,0 +1,150 @@
+// What a start finds in the state directory.
+//
+// In the same boot the map is in the run directory, and only the record goes on. After a
+// reboot the map is the one that was written down, with all recorded regions marked: in
+// these nobody knows what reached the disk. Both files and the origin have to fit
+// together; where they do not a new generation begins, with numbers that go on from the
+// highest that either knows.
+
+package cow
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"time"
+
+	"github.com/google/uuid"
+)
+
+// reopenDurable goes on with the record of a predecessor in the same boot, whose map is
+// the device's already.
+func (d *Device) reopenDurable() error {
+	generation := d.changes.Generation()
+	if ended, err := d.file.ended(); err == nil && ended == generation {
+		return errEnded
+	}
+	c, err := openCheckpoint(d.cat.disk, d.mapPath())
+	if err != nil {
+		return err
+	}
+	defer c.file.Close()
+	r, err := openRegions(d.cat.disk, d.regionsPath())
+	if err != nil {
+		return err
+	}
+	if c.generation != generation || r.state.generation != generation || r.state.size != d.Size() {
+		r.file.Close()
+		return fmt.Errorf("%w: the record of regions is of another generation or size", ErrDamaged)
+	}
+	d.durable.Store(newDurable(r))
+	return nil
+}
+
+// errEnded is of a generation that ended while the map could not be removed.
+var errEnded = errors.New("writes could not be recorded any more")
+
+// recoverDurable finds the map that was written down, after a reboot: it loads it into
+// the device, with all recorded regions marked, and goes on with the record. An error
+// says why it cannot be trusted, or (errBlank) that there is none.
+func (d *Device) recoverDurable() error {
+	r, rerr := openRegions(d.cat.disk, d.regionsPath())
+	if rerr == nil {
+		// Whatever comes of the rest, numbers go on, and leave one out.
+		d.cfg.Number = max(d.cfg.Number, r.state.number+1)
+	}
+	c, err := openCheckpoint(d.cat.disk, d.mapPath())
+	if err == nil {
+		d.cfg.Number = max(d.cfg.Number, c.number+1)
+		defer c.file.Close()
+	}
+	if rerr != nil || err != nil {
+		if rerr == nil {
+			r.file.Close()
+		}
+		return whyNot(err, rerr)
+	}
+	if err := d.recoverMap(c, r); err != nil {
+		r.file.Close()
+		return err
+	}
+	d.durable.Store(newDurable(r))
+	return nil
+}
+
+// whyNot says what it means that checkpoint or record cannot be opened.
+func whyNot(checkpoint, record error) error {
+	none, alone := errors.Is(checkpoint, fs.ErrNotExist), errors.Is(record, fs.ErrNotExist)
+	switch {
+	case none && alone:
+		return errBlank
+	case none && record == nil:
+		return errors.New("the change map was given up before the machine went down")
+	case checkpoint != nil:
+		return checkpoint
+	}
+	return record
+}
+
+func (d *Device) recoverMap(c *checkpointFile, r *regions) error {
+	if r.state.generation != c.generation || r.state.size != c.origin.size {
+		return fmt.Errorf("%w: checkpoint and record of regions do not belong together", ErrDamaged)
+	}
+	if d.cfg.TrackingBlock != 0 && d.cfg.TrackingBlock != c.block {
+		return fmt.Errorf("it has tracking blocks of %d bytes, asked for are %d", c.block, d.cfg.TrackingBlock)
+	}
+	if ended, err := d.file.ended(); err == nil && ended == c.generation {
+		return errEnded
+	}
+	clean := c.clean
+	for i := range r.n {
+		clean = clean && !hasBit(r.recorded, i)
+	}
+	now, err := d.file.identify(clean)
+	if err != nil {
+		return err
+	}
+	// What was there when the map was written down is ours: there may have been no write
+	// since that needed the lease.
+	lease := max(r.state.lease, c.origin.changed)
+	if err := c.origin.foreign(now, time.Unix(0, lease), c.boot == d.cat.boot, clean); err != nil {
+		return err
+	}
+	mem, err := d.changesAt(c.block)
+	if err != nil {
+		return err
+	}
+	number := max(c.number, r.state.number)
+	if d.changes, err = c.load(mem, number); err != nil {
+		return err
+	}
+	for i := range r.n {
+		if hasBit(r.recorded, i) {
+			d.changes.Mark(i<<regionShift, 1<<regionShift)
+		}
+	}
+	return nil
+}
+
+// endFound sees to it that nobody trusts after the next reboot what was found and is
+// not gone on with: from now on writes are not recorded there.
+func (d *Device) endFound() {
+	if d.stateDir == "" || d.durable.Load() != nil {
+		return
+	}
+	generation := uuid.Nil
+	err := within(d.cfg.PreserveLimit/2, func() error {
+		c, err := openCheckpoint(d.cat.disk, d.mapPath())
+		if err == nil {
+			generation = c.generation
+			err = c.file.Close()
+		}
+		return err
+	})
+	if errors.Is(err, errNoAnswer) {
+		generation = uuid.Nil
+	}
+	if err := d.noteEnded(generation, time.Now().Add(d.cfg.PreserveLimit/2)); err != nil {
+		d.cfg.Log.Error("cannot note that the generation has ended", "err", err)
+	}
+}
