@@ -22,6 +22,18 @@ import (
 // a tree on its value, say so, and serve it until it is killed.
 const serveVar = "FUSEFS_TEST_SERVE"
 
+// stallVar makes that tree say so, and not answer, when it is asked for its version
+// for the first time.
+const stallVar = "FUSEFS_TEST_STALL"
+
+// stalling is a source that never tells its version.
+type stalling struct{ *fakeSource }
+
+func (s stalling) Version() string {
+	fmt.Println("asked")
+	select {}
+}
+
 func TestMain(m *testing.M) {
 	if dir := os.Getenv(serveVar); dir != "" {
 		serveForever(dir)
@@ -30,9 +42,13 @@ func TestMain(m *testing.M) {
 }
 
 func serveForever(dir string) {
-	src := newFakeSource()
-	src.add("vda", make([]byte, 1<<20))
-	src.Take("one")
+	fake := newFakeSource()
+	fake.add("vda", make([]byte, 1<<20))
+	fake.Take("one")
+	src := Source(fake)
+	if os.Getenv(stallVar) != "" {
+		src = stalling{fake}
+	}
 	tree, err := Mount(context.Background(), src, Options{Dir: dir, Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		fmt.Println(err)
@@ -48,9 +64,15 @@ func serveForever(dir string) {
 // test ends.
 func startServer(t *testing.T, dir string) *exec.Cmd {
 	t.Helper()
+	return startServerThat(t, dir, "ready")
+}
+
+// startServerThat returns when the process says the word.
+func startServerThat(t *testing.T, dir, word string, env ...string) *exec.Cmd {
+	t.Helper()
 	need(t, "/dev/fuse")
 	cmd := exec.Command(os.Args[0])
-	cmd.Env = append(os.Environ(), serveVar+"="+dir)
+	cmd.Env = append(append(os.Environ(), serveVar+"="+dir), env...)
 	_, err := cmd.StdinPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -66,7 +88,7 @@ func startServer(t *testing.T, dir string) *exec.Cmd {
 		kill(cmd)
 		unmountAll(t, dir)
 	})
-	if line, err := bufio.NewReader(out).ReadString('\n'); line != "ready\n" {
+	if line, err := bufio.NewReader(out).ReadString('\n'); line != word+"\n" {
 		t.Fatalf("the server said %q, error %v", line, err)
 	}
 	return cmd
@@ -87,6 +109,31 @@ func unmountAll(t testing.TB, dir string) {
 			t.Errorf("unmount what is left: %v", err)
 			return
 		}
+	}
+}
+
+// TestKilledBeforeItsFirstAnswer kills a process that waits for an answer of its own
+// tree: it ends, and so do its locks.
+func TestKilledBeforeItsFirstAnswer(t *testing.T) {
+	dir := t.TempDir()
+	server := startServerThat(t, dir, "asked", stallVar+"=1")
+	m, ok, err := mountAt(dir)
+	if !ok || err != nil {
+		t.Fatalf("the tree is not mounted: %v", err)
+	}
+	ended := make(chan struct{})
+	go func() {
+		kill(server)
+		close(ended)
+	}()
+	select {
+	case <-ended:
+	case <-time.After(10 * time.Second):
+		t.Error("a process that was killed does not end")
+		if err := abort(m.dev); err != nil {
+			t.Error(err)
+		}
+		<-ended
 	}
 }
 

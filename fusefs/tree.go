@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
-	"path/filepath"
 	"runtime/debug"
 	"sync"
 
@@ -98,7 +97,7 @@ func (t *Tree) mount(ctx context.Context, allowOther bool) error {
 		close(t.done)
 	})
 	t.serving.Go(t.notify)
-	if err := t.firstAnswer(); err != nil {
+	if err := t.firstAnswer(fd); err != nil {
 		return also(err, t.Unmount(ctx))
 	}
 	return nil
@@ -126,21 +125,6 @@ func also(err, then error) error {
 		return err
 	}
 	return fmt.Errorf("%w; then %w", err, then)
-}
-
-// firstAnswer makes the tree answer its first requests, of which one is a poll.
-// go-fuse does not know poll, and the kernel, told so once, never asks again.
-// Otherwise the first file of the tree that this very process opens could stop
-// it: the Go runtime polls files in a way that holds up the goroutine that is to
-// answer.
-func (t *Tree) firstAnswer() error {
-	fd, err := unix.Open(filepath.Join(t.dir, "version"), unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return fmt.Errorf("open its first file: %w", err)
-	}
-	defer unix.Close(fd)
-	_, err = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
-	return err
 }
 
 // serverOptions returns what measured best for reading images.
