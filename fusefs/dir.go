@@ -4,6 +4,7 @@ package fusefs
 
 import (
 	"context"
+	"sync/atomic"
 	"syscall"
 
 	"github.com/hanwen/go-fuse/v2/fs"
@@ -23,6 +24,8 @@ type dir struct {
 
 	// find returns a new node for name, or nil.
 	find func(name string) entry
+
+	gone atomic.Bool // what it shows is, and the kernel is to be told so
 }
 
 func (d *dir) is(old fs.InodeEmbedder) bool {
@@ -44,7 +47,7 @@ func (d *dir) Getattr(_ context.Context, _ fs.FileHandle, out *fuse.AttrOut) sys
 func (d *dir) Lookup(ctx context.Context, name string, out *fuse.EntryOut) (*fs.Inode, syscall.Errno) {
 	e := d.find(name)
 	if e == nil {
-		return nil, syscall.ENOENT
+		return d.lookUpGone(ctx, name, out)
 	}
 	return d.enter(ctx, name, e, out), 0
 }

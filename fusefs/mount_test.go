@@ -22,16 +22,31 @@ import (
 // a tree on its value, say so, and serve it until it is killed.
 const serveVar = "FUSEFS_TEST_SERVE"
 
-// stallVar makes that tree say so, and not answer, when it is asked for its version
-// for the first time.
+// stallVar makes that tree say so, and not answer, when it is asked for what the
+// variable says: its version, or the snapshot "slow".
 const stallVar = "FUSEFS_TEST_STALL"
 
-// stalling is a source that never tells its version.
-type stalling struct{ *fakeSource }
+// stalling is a source that never answers one question.
+type stalling struct {
+	*fakeSource
+	question string
+}
 
 func (s stalling) Version() string {
-	fmt.Println("asked")
-	select {}
+	if s.question == "version" {
+		fmt.Println("asked")
+		select {}
+	}
+	return s.fakeSource.Version()
+}
+
+func (s stalling) Snapshot(name string) (Snapshot, bool) {
+	if name == s.question {
+		s.force("one") // which has to be told meanwhile
+		fmt.Println("asked")
+		select {}
+	}
+	return s.fakeSource.Snapshot(name)
 }
 
 func TestMain(m *testing.M) {
@@ -46,14 +61,15 @@ func serveForever(dir string) {
 	fake.add("vda", make([]byte, 1<<20))
 	fake.Take("one")
 	src := Source(fake)
-	if os.Getenv(stallVar) != "" {
-		src = stalling{fake}
+	if question := os.Getenv(stallVar); question != "" {
+		src = stalling{fake, question}
 	}
 	tree, err := Mount(context.Background(), src, Options{Dir: dir, Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		fmt.Println(err)
 		os.Exit(1)
 	}
+	fake.tree = tree
 	fmt.Println("ready")
 	io.Copy(io.Discard, os.Stdin) // until the test ends, however it does
 	tree.Unmount(context.Background())
@@ -64,11 +80,12 @@ func serveForever(dir string) {
 // test ends.
 func startServer(t *testing.T, dir string) *exec.Cmd {
 	t.Helper()
-	return startServerThat(t, dir, "ready")
+	cmd, _ := startServerThat(t, dir, "ready")
+	return cmd
 }
 
-// startServerThat returns when the process says the word.
-func startServerThat(t *testing.T, dir, word string, env ...string) *exec.Cmd {
+// startServerThat returns when the process says the word, with what it says then.
+func startServerThat(t *testing.T, dir, word string, env ...string) (*exec.Cmd, *bufio.Reader) {
 	t.Helper()
 	need(t, "/dev/fuse")
 	cmd := exec.Command(os.Args[0])
@@ -88,10 +105,11 @@ func startServerThat(t *testing.T, dir, word string, env ...string) *exec.Cmd {
 		kill(cmd)
 		unmountAll(t, dir)
 	})
-	if line, err := bufio.NewReader(out).ReadString('\n'); line != word+"\n" {
+	said := bufio.NewReader(out)
+	if line, err := said.ReadString('\n'); line != word+"\n" {
 		t.Fatalf("the server said %q, error %v", line, err)
 	}
-	return cmd
+	return cmd, said
 }
 
 func kill(cmd *exec.Cmd) {
@@ -116,7 +134,38 @@ func unmountAll(t testing.TB, dir string) {
 // tree: it ends, and so do its locks.
 func TestKilledBeforeItsFirstAnswer(t *testing.T) {
 	dir := t.TempDir()
-	server := startServerThat(t, dir, "asked", stallVar+"=1")
+	server, _ := startServerThat(t, dir, "asked", stallVar+"=version")
+	wantEnd(t, dir, server)
+}
+
+// TestKilledWhileItTellsOfWhatIsGone kills a process that has to tell the kernel of a
+// snapshot that is gone while somebody looks up another, and the kernel holds a lock
+// for that. A correct tree passes each time; one that waits for the lock is found if
+// it does so within the time that it is given.
+func TestKilledWhileItTellsOfWhatIsGone(t *testing.T) {
+	dir := t.TempDir()
+	server, said := startServerThat(t, dir, "ready", stallVar+"=slow")
+	if _, err := os.ReadFile(filepath.Join(dir, "snapshots/one/vda.img")); err != nil {
+		t.Fatal(err)
+	}
+	looked := make(chan error, 1)
+	go func() {
+		_, err := os.Stat(filepath.Join(dir, "snapshots/slow"))
+		looked <- err
+	}()
+	if line, err := said.ReadString('\n'); line != "asked\n" {
+		t.Fatalf("the server said %q, error %v", line, err)
+	}
+	time.Sleep(100 * time.Millisecond)
+	wantEnd(t, dir, server)
+	if err := <-looked; err == nil {
+		t.Error("a snapshot was found by nobody's answer")
+	}
+}
+
+// wantEnd kills the server of the tree on dir.
+func wantEnd(t *testing.T, dir string, server *exec.Cmd) {
+	t.Helper()
 	m, ok, err := mountAt(dir)
 	if !ok || err != nil {
 		t.Fatalf("the tree is not mounted: %v", err)

@@ -3,10 +3,14 @@
 package fusefs
 
 import (
-	"log/slog"
+	"context"
+	"path/filepath"
 	"sync"
+	"syscall"
 
 	"github.com/hanwen/go-fuse/v2/fs"
+	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
 )
 
 // departures are the names that the kernel has yet to be told about.
@@ -61,8 +65,10 @@ func (t *Tree) notify() {
 }
 
 // forget makes the kernel drop what it knows below a name, and tell those who
-// watch it. The kernel checks that the name still leads to the node
-// named, so one that was taken again meanwhile is safe.
+// watch it, by asking for the name: the answer is once that nothing leads to the node
+// any more, and then that there is none. (The kernel can be told, too, but whoever
+// tells it waits for all who are just looking up a name: see serveAlone.) A name that
+// was taken again meanwhile leads to another node, and is safe.
 func (t *Tree) forget(d departure) {
 	parent := t.top.GetChild(d.dir)
 	if parent == nil {
@@ -72,11 +78,29 @@ func (t *Tree) forget(d departure) {
 	if child == nil || t.exists(d, child.Operations()) {
 		return
 	}
-	if errno := parent.NotifyDelete(d.name, child); errno != 0 {
-		// ENOENT: the kernel had forgotten it, or rmdir has told it.
-		// ENOTEMPTY: files are open below; the name is gone all the same.
-		t.log.Debug("tell the kernel", slog.String("gone", d.dir+"/"+d.name), slog.Any("err", errno))
+	shown, ok := child.Operations().(*dir)
+	if !ok {
+		return
 	}
+	shown.gone.Store(true)
+	for range 2 {
+		var st unix.Stat_t
+		unix.Lstat(filepath.Join(t.dir, d.dir, d.name), &st) // what is answered is of no interest
+	}
+}
+
+// lookUpGone answers for a name that leads nowhere: that, but for what forget asks
+// first.
+func (d *dir) lookUpGone(ctx context.Context, name string, out *fuse.EntryOut) (*fs.Inode, syscall.Errno) {
+	caller, ok := fuse.FromContext(ctx)
+	if old := d.GetChild(name); ok && old != nil && int32(caller.Pid) == d.tree.alone.Load() {
+		if o, ok := old.Operations().(*dir); ok && o.gone.CompareAndSwap(true, false) {
+			o.known(out)
+			out.Nlink = 0
+			return old, 0
+		}
+	}
+	return nil, syscall.ENOENT
 }
 
 // exists says whether the source still has what n shows.

@@ -11,6 +11,7 @@ import (
 	"os"
 	"runtime/debug"
 	"sync"
+	"sync/atomic"
 
 	"github.com/hanwen/go-fuse/v2/fs"
 	"github.com/hanwen/go-fuse/v2/fuse"
@@ -47,6 +48,7 @@ type Tree struct {
 	contents budget
 	open     openImages
 	gone     departures
+	alone    atomic.Int32 // the thread that asks the tree itself
 
 	done    chan struct{}  // closed when the kernel has unmounted the tree
 	serving sync.WaitGroup // the goroutines that serve and notify
@@ -96,8 +98,9 @@ func (t *Tree) mount(ctx context.Context, allowOther bool) error {
 		t.open.releaseAll()
 		close(t.done)
 	})
-	t.serving.Go(t.notify)
-	if err := t.firstAnswer(fd); err != nil {
+	first := make(chan error, 1)
+	t.serving.Go(func() { t.serveAlone(first) })
+	if err := <-first; err != nil {
 		return also(err, t.Unmount(ctx))
 	}
 	return nil
