@@ -32,6 +32,7 @@ type daemon struct {
 
 	cmd    *exec.Cmd
 	stderr *log
+	before *log          // what the process before that wrote
 	uris   []string      // the lines that it printed before "ready"
 	ended  chan struct{} // closed when cmd has ended
 	mayEnd bool          // the test has done what makes it end
@@ -81,9 +82,22 @@ func (d *daemon) start(args ...string) {
 // startPlain is start without the flags that name the directories.
 func (d *daemon) startPlain(args ...string) {
 	d.t.Helper()
+	d.awaitReady(d.launchPlain(args...))
+}
+
+// launch starts the daemon and does not wait until it is ready.
+func (d *daemon) launch(args ...string) {
+	d.t.Helper()
+	stdout := d.launchPlain(append([]string{"--mount", d.mount, "--run", d.runDir, "--state", d.state}, args...)...)
+	go drain(stdout)
+}
+
+// launchPlain starts the daemon and returns what it prints.
+func (d *daemon) launchPlain(args ...string) (stdout *os.File) {
+	d.t.Helper()
 	d.cmd = d.command(append([]string{"serve"}, args...)...)
 	d.cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
-	d.stderr, d.uris, d.ended, d.mayEnd = &log{}, nil, make(chan struct{}), false
+	d.before, d.stderr, d.uris, d.ended, d.mayEnd = d.stderr, &log{}, nil, make(chan struct{}), false
 	d.cmd.Stderr = d.stderr
 	stdout, stdoutEnd, err := os.Pipe()
 	if err != nil {
@@ -94,27 +108,36 @@ func (d *daemon) startPlain(args ...string) {
 		d.t.Fatal(err)
 	}
 	stdoutEnd.Close()
-	go func() {
-		d.cmd.Wait()
-		close(d.ended)
-	}()
+	go func(cmd *exec.Cmd, ended chan struct{}) {
+		cmd.Wait()
+		close(ended)
+	}(d.cmd, d.ended)
+	return stdout
+}
 
+// drain reads what nobody wants to know, so that who prints it is not blocked.
+func drain(stdout *os.File) {
+	io.Copy(io.Discard, stdout)
+	stdout.Close()
+}
+
+// awaitReady returns when the daemon has printed that it is ready, and fails the
+// test if it ends before.
+func (d *daemon) awaitReady(stdout *os.File) {
+	d.t.Helper()
 	overdue := time.AfterFunc(patience, func() { d.cmd.Process.Kill() })
 	defer overdue.Stop()
 	lines := bufio.NewScanner(stdout)
 	for lines.Scan() {
 		if lines.Text() == "ready" {
-			go func() { // what it may still print must not block it
-				io.Copy(io.Discard, stdout)
-				stdout.Close()
-			}()
+			go drain(stdout)
 			return
 		}
 		d.uris = append(d.uris, lines.Text())
 	}
 	stdout.Close()
 	<-d.ended
-	d.t.Fatalf("serve %v ended before it was ready: %v\n%s", args, d.cmd.ProcessState, d.stderr)
+	d.t.Fatalf("%v ended before it was ready: %v\n%s", d.cmd.Args, d.cmd.ProcessState, d.stderr)
 }
 
 // command is blksnap with args, as the daemon's user.
@@ -206,6 +229,7 @@ func (d *daemon) waitForEnd() {
 	case <-d.ended:
 	case <-time.After(patience):
 		d.cmd.Process.Kill()
+		unix.Unmount(d.mount, unix.MNT_FORCE) // a thread of it may wait for an answer of its own
 		<-d.ended
 		d.t.Errorf("the daemon did not end within %v\n%s", patience, d.stderr)
 	}
@@ -238,6 +262,9 @@ func (d *daemon) clear() {
 		d.t.Error("the race detector found a race in the daemon")
 	}
 	if d.t.Failed() {
+		if d.before != nil {
+			d.t.Logf("what the daemon before wrote:\n%s", d.before)
+		}
 		d.t.Logf("what the daemon wrote:\n%s", d.stderr)
 	}
 	for unix.Unmount(d.mount, unix.MNT_DETACH) == nil {

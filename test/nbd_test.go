@@ -39,7 +39,8 @@ const (
 	NBD_CMD_TRIM         = 4
 	NBD_CMD_WRITE_ZEROES = 6
 
-	NBD_CMD_FLAG_FUA = 1 << 0
+	NBD_CMD_FLAG_FUA     = 1 << 0
+	NBD_CMD_FLAG_NO_HOLE = 1 << 1
 )
 
 // nbdConn is one connection to an export, for one goroutine.
