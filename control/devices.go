@@ -3,6 +3,7 @@
 package control
 
 import (
+	"context"
 	"fmt"
 	"maps"
 	"os"
@@ -19,7 +20,7 @@ import (
 // addDevice puts an origin under tracking. Its change map goes on where it is
 // certain that nobody wrote to the origin meanwhile. added says that this is at run
 // time, so that the device is back after a restart.
-func (d *Daemon) addDevice(q DeviceRequest, added bool) (DeviceInfo, error) {
+func (d *Daemon) addDevice(ctx context.Context, q DeviceRequest, added bool) (DeviceInfo, error) {
 	if err := checkName("device", q.Name); err != nil {
 		return DeviceInfo{}, err
 	}
@@ -32,7 +33,7 @@ func (d *Daemon) addDevice(q DeviceRequest, added bool) (DeviceInfo, error) {
 	if err := d.reserve(q.Name); err != nil {
 		return DeviceInfo{}, err
 	}
-	dev, err := d.openDevice(q)
+	dev, err := d.openDevice(ctx, q)
 	d.mu.Lock()
 	delete(d.adding, q.Name)
 	if err == nil && d.isStopping() {
@@ -67,11 +68,11 @@ func (d *Daemon) reserve(name string) error {
 	return nil
 }
 
-func (d *Daemon) openDevice(q DeviceRequest) (*cow.Device, error) {
+func (d *Daemon) openDevice(ctx context.Context, q DeviceRequest) (*cow.Device, error) {
 	if err := d.checkOriginFree(q.Origin); err != nil {
 		return nil, err
 	}
-	o, err := cow.OpenOrigin(q.Origin)
+	o, err := afterEnd(ctx, q.Origin, func() (*cow.Origin, error) { return cow.OpenOrigin(q.Origin) })
 	if err != nil {
 		return nil, err
 	}

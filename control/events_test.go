@@ -90,7 +90,7 @@ func TestFollowEnds(t *testing.T) {
 // low, and what was lost then, must be among the events.
 func TestOverflowIsTold(t *testing.T) {
 	d := newTestDaemon(t)
-	if _, err := d.addDevice(DeviceRequest{Name: "vda", Origin: makeOrigin(t, 12<<20)}, true); err != nil {
+	if _, err := d.addDevice(t.Context(), DeviceRequest{Name: "vda", Origin: makeOrigin(t, 12<<20)}, true); err != nil {
 		t.Fatal(err)
 	}
 	data := strings.Repeat("x", 1<<20)

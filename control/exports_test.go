@@ -198,7 +198,7 @@ func TestBlockStatus(t *testing.T) {
 		block = 4096
 	)
 	d := newTestDaemon(t)
-	if _, err := d.addDevice(DeviceRequest{"vda", makeOrigin(t, size), DeviceConfig{TrackingBlock: block}}, true); err != nil {
+	if _, err := d.addDevice(t.Context(), DeviceRequest{"vda", makeOrigin(t, size), DeviceConfig{TrackingBlock: block}}, true); err != nil {
 		t.Fatal(err)
 	}
 	info, err := d.deviceInfo("vda")

@@ -44,7 +44,7 @@ func newTestDaemon(t *testing.T, devices ...string) *Daemon {
 		}
 	})
 	for _, name := range devices {
-		if _, err := d.addDevice(DeviceRequest{Name: name, Origin: makeOrigin(t, 1<<20)}, true); err != nil {
+		if _, err := d.addDevice(t.Context(), DeviceRequest{Name: name, Origin: makeOrigin(t, 1<<20)}, true); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -41,7 +41,7 @@ func (s *service) open(ctx context.Context, passed []net.Listener) error {
 	}
 	pool := store.NewPool()
 	s.later(func() error { return within(closeLimit, "close the snapstore", pool.Close) })
-	if err := s.openStores(pool, &left); err != nil {
+	if err := s.openStores(ctx, pool, &left); err != nil {
 		return err
 	}
 	s.daemon = newDaemon(s.version, s.log, cat, pool, func(export string) string {
@@ -53,7 +53,7 @@ func (s *service) open(ctx context.Context, passed []net.Listener) error {
 	s.runOnLow() // before a snapstore is found full
 	s.later(s.daemon.awaitRollbacks)
 	s.later(s.daemon.closeDevices) // which ends them
-	if err := s.openDevices(left); err != nil {
+	if err := s.openDevices(ctx, left); err != nil {
 		return err
 	}
 	if err := s.show(ctx); err != nil {
@@ -97,14 +97,14 @@ func (s *service) membersLeft(cat *cow.Catalogue) (members, error) {
 
 // openDevices opens the devices that were asked for, and those that were added
 // while a predecessor ran.
-func (s *service) openDevices(left members) error {
+func (s *service) openDevices(ctx context.Context, left members) error {
 	for _, q := range s.set.devices {
-		if _, err := s.daemon.addDevice(q, false); err != nil {
+		if _, err := s.daemon.addDevice(ctx, q, false); err != nil {
 			return err
 		}
 	}
 	for _, q := range left.addedDevices(s.set.devices) {
-		if _, err := s.daemon.addDevice(q, true); err != nil {
+		if _, err := s.daemon.addDevice(ctx, q, true); err != nil {
 			s.log.Error("a device of the daemon before is not back", "device", q.Name, "err", err)
 		}
 	}
@@ -124,12 +124,12 @@ func (s *service) discard() {
 // openStores opens the parts of the snapstore, with what a predecessor kept in
 // them, and notes their numbers in left and in the set file. A start that fails
 // after that takes the files away that it has made.
-func (s *service) openStores(pool *store.Pool, left *members) error {
+func (s *service) openStores(ctx context.Context, pool *store.Pool, left *members) error {
 	added := left.addedParts(s.set.stores)
 	for _, spec := range s.set.stores {
 		_, err := os.Lstat(spec.Path)
 		made := spec.Kind == store.File && errors.Is(err, fs.ErrNotExist)
-		if err := openStore(pool, left, spec, s.set.force, false); err != nil {
+		if err := openStore(ctx, pool, left, spec, s.set.force, false); err != nil {
 			return err
 		}
 		if made {
@@ -137,7 +137,7 @@ func (s *service) openStores(pool *store.Pool, left *members) error {
 		}
 	}
 	for _, spec := range added {
-		if err := openStore(pool, left, spec, false, true); err != nil {
+		if err := openStore(ctx, pool, left, spec, false, true); err != nil {
 			s.log.Error("a part of the snapstore is not back", "part", spec, "err", err)
 		}
 	}
@@ -154,8 +154,8 @@ func (s *service) openStores(pool *store.Pool, left *members) error {
 	return nil
 }
 
-func openStore(pool *store.Pool, left *members, spec store.Spec, force, added bool) error {
-	part, err := store.Open(spec, force)
+func openStore(ctx context.Context, pool *store.Pool, left *members, spec store.Spec, force, added bool) error {
+	part, err := afterEnd(ctx, spec.Path, func() (store.Part, error) { return store.Open(spec, force) })
 	if err != nil {
 		return err
 	}

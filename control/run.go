@@ -56,6 +56,7 @@ func (s *service) run(ctx context.Context, out io.Writer) error {
 	err := s.wait(ctx, failed)
 	notify(s.log, sd.SdNotifyStopping)
 	s.daemon.record("stopping", "", "", "")
+	s.ending = beginEnding()
 	s.daemon.stop()
 	stop()
 	err = errors.Join(err, shutdown(api, nbd))

@@ -51,8 +51,11 @@ func Serve(ctx context.Context, c Config, version string, out, log io.Writer) (e
 		level = slog.LevelWarn // who runs us for a moment shares its stderr
 	}
 	handler := slog.NewTextHandler(lines, &slog.HandlerOptions{Level: level})
-	s := &service{set: set, version: version, log: slog.New(handler)}
-	defer func() { err = errors.Join(err, s.close()) }()
+	s := &service{set: set, version: version, log: slog.New(handler), ending: func() {}}
+	defer func() {
+		err = errors.Join(err, s.close())
+		s.ending()
+	}()
 	if err := s.open(ctx, passed); err != nil {
 		return err
 	}
@@ -85,7 +88,8 @@ type service struct {
 	apiOn  net.Listener
 	tree   *fusefs.Tree // nil for none
 	served bool
-	hangs  bool // something is left to the end of the process
+	hangs  bool   // something is left to the end of the process
+	ending func() // undoes beginEnding
 
 	// closers undo what was opened, the last first.
 	closers []func() error

@@ -56,7 +56,9 @@ func handler(d *Daemon) http.Handler {
 	handle("GET /version", func(*http.Request) (any, error) { return d.versionInfo(), nil })
 	handle("GET /devices", func(*http.Request) (any, error) { return d.deviceInfos(), nil })
 	handle("GET /devices/{name}", func(r *http.Request) (any, error) { return d.deviceInfo(r.PathValue("name")) })
-	handle("POST /devices", body(func(q DeviceRequest) (DeviceInfo, error) { return d.addDevice(q, true) }))
+	handle("POST /devices", func(r *http.Request) (any, error) {
+		return body(func(q DeviceRequest) (DeviceInfo, error) { return d.addDevice(r.Context(), q, true) })(r)
+	})
 	handle("DELETE /devices/{name}", func(r *http.Request) (any, error) { return nil, d.removeDevice(r.PathValue("name")) })
 	handle("POST /devices/{name}/resize", func(r *http.Request) (any, error) {
 		return body(func(q ResizeRequest) (DeviceInfo, error) { return d.resizeDevice(r.PathValue("name"), q) })(r)

@@ -135,7 +135,7 @@ func TestNumbersNeverComeAgain(t *testing.T) {
 	if err := d.removeDevice("vda"); err != nil {
 		t.Fatal(err)
 	}
-	again, err := d.addDevice(DeviceRequest{Name: "vda", Origin: origin.Origin}, true)
+	again, err := d.addDevice(t.Context(), DeviceRequest{Name: "vda", Origin: origin.Origin}, true)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -161,7 +161,7 @@ func TestSetInUse(t *testing.T) {
 					t.Errorf("take %s: %v", name, err)
 				}
 				if i == 0 { // a device that comes and goes
-					if _, err := d.addDevice(DeviceRequest{Name: "vdc", Origin: "/nonexistent"}, true); err == nil {
+					if _, err := d.addDevice(t.Context(), DeviceRequest{Name: "vdc", Origin: "/nonexistent"}, true); err == nil {
 						t.Error("add a device that does not exist: got no error")
 					}
 				}

@@ -4,7 +4,9 @@ package test
 
 import (
 	"context"
+	"os"
 	"path/filepath"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -42,6 +44,7 @@ func gatedOrigin(t *testing.T, size int64) (string, *gatedFile) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	keepFuse(t)
 	t.Cleanup(func() {
 		f.open()
 		if err := server.Unmount(); err != nil {
@@ -50,6 +53,23 @@ func gatedOrigin(t *testing.T, size int64) (string, *gatedFile) {
 		server.Wait()
 	})
 	return filepath.Join(dir, "disk.img"), f
+}
+
+// keepFuse keeps the connections of this process from the programs that it starts:
+// go-fuse does not, and a daemon that has the connection of its own origin would keep
+// it open, and wait for an answer for ever, when the tests are killed.
+func keepFuse(t *testing.T) {
+	t.Helper()
+	open, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range open {
+		if to, _ := os.Readlink("/proc/self/fd/" + e.Name()); to == "/dev/fuse" {
+			fd, _ := strconv.Atoi(e.Name())
+			syscall.CloseOnExec(fd)
+		}
+	}
 }
 
 // shut lets writes wait from now on.

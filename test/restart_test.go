@@ -11,6 +11,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 )
 
 // The parts of the snapstore in another order: an image reads its own bytes. Where
@@ -238,5 +239,47 @@ func TestDevicesAfterARestart(t *testing.T) {
 	want := []string{"a  1048576  " + d.uri("a"), "b  1048576  " + d.uri("b")}
 	if !slices.Equal(d.uris, want) {
 		t.Errorf("the last start serves\n got %q\nwant %q", d.uris, want)
+	}
+}
+
+// A start with directories of its own, whose origin or snapstore another daemon has:
+// it waits if that is stopping, and is refused at once if not.
+func TestStartWhileAnotherStops(t *testing.T) {
+	needRoot(t)
+	slow, gate := gatedOrigin(t, miB)
+	dir := scratch(t)
+	origin, store := makeOrigin(t, dir, "vda", miB), "file:"+dir+"/store:8MiB"
+	d := newDaemon(t, nil)
+	d.start("vda="+origin, "slow="+slow, "--store", store)
+	client := d.open("slow")
+	gate.shut()
+	if err := client.request(NBD_CMD_WRITE, 0, 0, 4*kiB, make([]byte, 4*kiB)); err != nil {
+		t.Fatal(err)
+	}
+	<-gate.entered
+
+	e := newDaemon(t, nil)
+	args := []string{"serve", "--mount", "none", "--run", e.runDir, "--state", e.state, "vda=" + origin, "--store"}
+	begun := time.Now()
+	wantRefused(t, end(t, e.command(append(args, store)...)), 1, "in use by another process")
+	wantRefused(t, end(t, e.command(append(args, "mem:8MiB")...)), 1, "another blksnap")
+	if took := time.Since(begun); took > 5*time.Second {
+		t.Errorf("a start with what a daemon is serving was refused after %v", took)
+	}
+
+	d.cmd.Process.Signal(syscall.SIGTERM)
+	d.mayEnd = true
+	eventually(t, "the daemon is stopping", func() bool { return strings.Contains(d.stderr.String(), "msg=stopping") })
+	stdout := e.launchPlain(append(args[1:], store)...)
+	select {
+	case <-e.ended:
+		t.Errorf("a start with what a stopping daemon has was refused\n%s", e.stderr)
+	case <-time.After(500 * time.Millisecond):
+	}
+	gate.open()
+	<-d.ended
+	e.awaitReady(stdout)
+	if got := e.blksnap("device", "list"); !strings.Contains(got, origin) {
+		t.Errorf("devices: %s", got)
 	}
 }
