@@ -259,6 +259,7 @@ type fakeImage struct {
 	destroyed atomic.Bool
 	writable  bool
 	synced    atomic.Int64
+	reading   func(off int64) error // called by ReadAt before anything else; may be nil
 
 	mu      sync.RWMutex
 	content []byte
@@ -268,6 +269,11 @@ type fakeImage struct {
 const fakeBlock = 4096
 
 func (im *fakeImage) ReadAt(p []byte, off int64) (int, error) {
+	if im.reading != nil {
+		if err := im.reading(off); err != nil {
+			return 0, err
+		}
+	}
 	im.mu.RLock()
 	defer im.mu.RUnlock()
 	if off >= int64(len(im.content)) {

@@ -4,7 +4,6 @@ package fusefs
 
 import (
 	"context"
-	"io"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -99,7 +98,7 @@ func (f *imageFile) Open(_ context.Context, flags uint32) (fs.FileHandle, uint32
 	if err != nil {
 		return nil, 0, f.tree.errno("open", f.Path(nil), err)
 	}
-	h := &imageHandle{f, use}
+	h := &imageHandle{f, use, f.tree.readers.newStream(f.image)}
 	if writes(flags) {
 		return h, fuse.FOPEN_DIRECT_IO | fuse.FOPEN_PARALLEL_DIRECT_WRITES, 0
 	}
@@ -108,23 +107,22 @@ func (f *imageFile) Open(_ context.Context, flags uint32) (fs.FileHandle, uint32
 
 // imageHandle is an open image.
 type imageHandle struct {
-	file *imageFile
-	use  *use
+	file   *imageFile
+	use    *use
+	stream *stream
 }
 
 // Read is the one way in which the content of images reaches the kernel. p is
 // one of go-fuse's pooled buffers, up to maxIO long.
 func (h *imageHandle) Read(_ context.Context, p []byte, off int64) (fuse.ReadResult, syscall.Errno) {
-	image := h.file.image
-	p = p[:max(0, min(int64(len(p)), image.Size()-off))]
-	if n, err := image.ReadAt(p, off); n < len(p) || err != nil && err != io.EOF {
-		// An error counts also when p is full: an image looks whether it is
-		// still good after it has read. Whatever went wrong, to the reader
-		// the bytes are lost.
+	p = p[:max(0, min(int64(len(p)), h.file.image.Size()-off))]
+	result, err := h.stream.read(p, off)
+	if err != nil {
+		// Whatever went wrong, to the reader the bytes are lost.
 		h.fail("read", err)
 		return nil, syscall.EIO
 	}
-	return fuse.ReadResultData(p), 0
+	return result, 0
 }
 
 // Write writes what fits: like a block device's, an image's size is fixed.
@@ -192,6 +190,7 @@ func (h *imageHandle) Lseek(_ context.Context, off uint64, whence uint32) (uint6
 }
 
 func (h *imageHandle) Release(context.Context) syscall.Errno {
+	h.stream.close()
 	h.use.release()
 	return 0
 }

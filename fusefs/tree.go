@@ -47,6 +47,7 @@ type Tree struct {
 	top      *dir
 	contents budget
 	open     openImages
+	readers  readers
 	gone     departures
 	alone    atomic.Int32 // the thread that asks the tree itself
 
@@ -71,6 +72,7 @@ func Mount(ctx context.Context, src Source, o Options) (*Tree, error) {
 		dirPerm: 0o700,
 		done:    make(chan struct{}),
 	}
+	t.readers.panicked = t.panicked
 	t.gone.wake = make(chan struct{}, 1)
 	t.open.uses = map[*use]struct{}{}
 	if o.AllowOther {
@@ -93,10 +95,12 @@ func (t *Tree) mount(ctx context.Context, allowOther bool) error {
 		unix.Close(fd)
 		return also(err, unmount(ctx, t.dir, detach))
 	}
+	t.readers.buffers.open()
 	t.serving.Go(func() {
 		t.server.Serve()
 		t.open.releaseAll()
 		close(t.done)
+		t.readers.stop()
 	})
 	first := make(chan error, 1)
 	t.serving.Go(func() { t.serveAlone(first) })
@@ -141,10 +145,16 @@ func (t *Tree) serverOptions() *fuse.MountOptions {
 		ExtraCapabilities:  fuse.CAP_ASYNC_DIO | fuse.CAP_DIRECT_IO_ALLOW_MMAP,
 		Logger:             slog.NewLogLogger(t.log.Handler(), slog.LevelDebug),
 		PanicHandler: func(v any) fuse.Status {
-			t.log.Error("request panicked", slog.Any("panic", v), slog.String("stack", string(debug.Stack())))
+			t.panicked(v)
 			return fuse.EIO
 		},
 	}
+}
+
+// panicked tells of a panic while a request was served. It is called by a deferred
+// function.
+func (t *Tree) panicked(v any) {
+	t.log.Error("request panicked", slog.Any("panic", v), slog.String("stack", string(debug.Stack())))
 }
 
 // Dir returns where the tree is mounted: an absolute path without symbolic

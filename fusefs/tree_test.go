@@ -25,7 +25,7 @@ func mountFake(t testing.TB, src *fakeSource, change ...func(*Options)) (*Tree, 
 }
 
 // mountSource mounts src and unmounts it when the test ends, which must leave no
-// mount and no goroutine.
+// mount, no goroutine and no buffer in use.
 func mountSource(t testing.TB, src Source, change ...func(*Options)) (*Tree, string) {
 	t.Helper()
 	need(t, "/dev/fuse")
@@ -47,6 +47,9 @@ func mountSource(t testing.TB, src Source, change ...func(*Options)) (*Tree, str
 		if _, ok, err := mountAt(tree.Dir()); ok || err != nil {
 			t.Errorf("after unmount: mounted %v, error %v", ok, err)
 			unmountAll(t, tree.Dir())
+		}
+		if got := len(tree.readers.buffers.free); got != bufferCount {
+			t.Errorf("after unmount: %d buffers are free, want %d", got, bufferCount)
 		}
 		if err := goleak.Find(before); err != nil {
 			t.Error(err)
