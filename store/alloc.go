@@ -17,6 +17,13 @@ func (p *Pool) Alloc(dst []Slot, masks []uint16) (int, error) {
 	return p.alloc(dst, masks, false)
 }
 
+// TryAlloc is Alloc that does not wait: it returns 0 also where slots are being
+// punched that Alloc would wait for.
+func (p *Pool) TryAlloc(dst []Slot, masks []uint16) int {
+	n, _, _ := p.tryAlloc(dst, masks, false)
+	return n
+}
+
 // AllocReserve is Alloc for those who must not fail: it may also use the
 // reserve. That is a matter of counting: nothing is kept free in a file system
 // that others fill.

@@ -3,6 +3,7 @@ package store
 import (
 	"errors"
 	"testing"
+	"time"
 )
 
 // TestPunchKeepsNeighbours: what is punched is what is spare, to the block.
@@ -74,6 +75,42 @@ func TestNobodyUsesWhatIsPunched(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestTryAllocWaitsForNothing: where Alloc would wait for what is being punched, TryAlloc
+// gives nothing.
+func TestTryAllocWaitsForNothing(t *testing.T) {
+	f := newFaulty(t, 4<<20)
+	f.traits.Slots, f.traits.Limit = 1, SlotSize
+	p := openPool(t, f)
+	slot, masks := []Slot{NoSlot}, []uint16{1}
+	if n := p.TryAlloc(slot, masks); n != 1 {
+		t.Fatalf("TryAlloc\n got %d slots\nwant 1", n)
+	}
+	p.Free(slot[0], 1)
+	hook, entered, release := gate("punch")
+	f.set(hook)
+	discarded := make(chan error)
+	go func() { discarded <- p.Discard() }()
+	<-entered
+	if _, _, err := p.tryAlloc(slot, masks, false); !errors.Is(err, errPunching) {
+		t.Errorf("what Alloc finds\n got %v\nwant %v", err, errPunching)
+	}
+	begun := time.Now()
+	if n := p.TryAlloc(slot, masks); n != 0 {
+		t.Errorf("TryAlloc beside a punch\n got %d slots\nwant none", n)
+	}
+	if got := time.Since(begun); got >= punchWait {
+		t.Errorf("TryAlloc took %v", got)
+	}
+	close(release)
+	if err := <-discarded; err != nil {
+		t.Error(err)
+	}
+	if n := p.TryAlloc(slot, masks); n != 1 {
+		t.Fatalf("TryAlloc after the punch\n got %d slots\nwant 1", n)
+	}
+	p.Free(slot[0], 1)
 }
 
 // TestAllocWaitsForPunch: where nothing else is left, slots that are being
