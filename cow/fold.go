@@ -147,10 +147,13 @@ func (d *Device) join(o, w word, need uint16) (word, error) {
 // zeroWord are written out: a slot holds old bytes.
 func (d *Device) copyBlocks(to store.Slot, w word, mask uint16) (err error) {
 	b := batches.Get().(*batch)
-	defer func() { b.done(err) }()
+	defer func() {
+		b.spare(err)
+		batches.Put(b)
+	}()
 	deadline := time.Now().Add(d.cfg.PreserveLimit)
 	for first, n := range runs(mask) {
-		p, at := b.buf[:n<<blockShift], int64(first)<<blockShift
+		p, at := b.buffer(int64(n)<<blockShift), int64(first)<<blockShift
 		if w.hasSlot() {
 			err = d.copier.read(w.slot(), p, at, deadline)
 		} else {

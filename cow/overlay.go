@@ -104,7 +104,7 @@ func (i *Image) writeWindow(p []byte, off int64) error {
 	}
 	b := batches.Get().(*batch)
 	defer batches.Put(b)
-	p, off, err := i.wholeBlocks(b.buf, p, off)
+	p, off, err := i.wholeBlocks(b.buffer(window*chunkSize), p, off)
 	if err != nil {
 		return err
 	}

@@ -70,20 +70,26 @@ type batch struct {
 	deadline time.Time
 	slots    [window]store.Slot
 	masks    [window]uint16
-	buf      []byte // window * chunkSize bytes
+	buf      []byte // nil: to be made
 }
 
-// done gives the batch back after its last use ended with err. A write that hangs
-// may look at the buffer at any later time: it is not used again.
-func (b *batch) done(err error) {
-	if !errors.Is(err, errStuck) {
-		batches.Put(b)
+var batches = sync.Pool{New: func() any { return &batch{missing: make([]missing, 0, window)} }}
+
+// buffer is n bytes, which are the batch's until the next call.
+func (b *batch) buffer(n int64) []byte {
+	if b.buf == nil {
+		b.buf = make([]byte, window*chunkSize)
+	}
+	return b.buf[:n]
+}
+
+// spare is called after a use of the buffer ended with err. What hangs may look at it at
+// any later time: it is not used again.
+func (b *batch) spare(err error) {
+	if errors.Is(err, errStuck) {
+		b.buf = nil
 	}
 }
-
-var batches = sync.Pool{New: func() any {
-	return &batch{missing: make([]missing, 0, window), buf: make([]byte, window*chunkSize)}
-}}
 
 // preserveWindow is preserve for at most window chunks.
 func (d *Device) preserveWindow(off, n int64, deadline time.Time, f onFailure) error {
@@ -95,14 +101,18 @@ func (d *Device) preserveWindow(off, n int64, deadline time.Time, f onFailure) e
 	defer d.chunkLocks.unlock(first, last)
 
 	b := batches.Get().(*batch)
+	defer batches.Put(b)
 	b.deadline = deadline
-	var err error
-	defer func() { b.done(err) }()
+	return d.preserveLocked(b, off, n, f)
+}
+
+// preserveLocked is preserveWindow for who holds the chunks' locks.
+func (d *Device) preserveLocked(b *batch, off, n int64, f onFailure) error {
 	// Who had the locks before may have preserved the blocks, or may have waited
 	// in vain for the snapstore and broken the images: nobody needs them then.
 	for s := d.shield.Load(); s != nil; s = d.shield.Load() {
 		b.look(s, off, n)
-		err = d.preserveBatch(s.head().table, b)
+		err := d.preserveBatch(s.head().table, b)
 		var over *overLimit
 		switch {
 		case err == nil || f == spareImages:
@@ -169,9 +179,6 @@ func (d *Device) preserveBatch(head *table, b *batch) error {
 		// The pool gives no slots of a part that failed or hangs: try the next.
 		if failed++; failed == maxAttempts || !errors.Is(err, errSlotWrite) || !time.Now().Before(b.deadline) {
 			return err
-		}
-		if errors.Is(err, errStuck) {
-			b.buf = make([]byte, len(b.buf)) // what hangs may look at the other
 		}
 	}
 	return nil
@@ -251,32 +258,38 @@ func (d *Device) moveChunk(b *batch) error {
 func (d *Device) copyOut(head *table, b *batch, k int) error {
 	charged, err := d.chargeMissing(b.missing[:k])
 	if err == nil {
-		if err = d.fill(b, k); err != nil {
-			d.refund(charged)
-		}
+		err = d.fill(b, k)
 	}
-	for i := range k {
-		m := &b.missing[i]
-		if err != nil {
-			d.giveBack(m, err)
-			continue
-		}
+	if err != nil {
+		d.refund(charged)
+		d.giveBack(b, k, err)
+		return err
+	}
+	d.publish(head, b.missing[:k])
+	return nil
+}
+
+// publish makes what was copied known to those who look for it.
+func (d *Device) publish(head *table, list []missing) {
+	for _, m := range list {
 		head.store(m.chunk, makeWord(m.slot, m.word.mask()|m.mask))
 		d.cat.did("publish a word")
 		if m.word.hasSlot() && m.slot != m.word.slot() {
 			d.retire(m.word)
 		}
 	}
-	return err
 }
 
-// giveBack undoes takeSlots for one chunk after its copy failed.
-func (d *Device) giveBack(m *missing, err error) {
-	if m.slot == m.word.slot() {
-		d.unextend(m.slot, m.mask, err)
-		return
+// giveBack undoes takeSlots for the first k of b.missing after their copy failed.
+func (d *Device) giveBack(b *batch, k int, err error) {
+	for _, m := range b.missing[:k] {
+		if m.slot == m.word.slot() {
+			d.unextend(m.slot, m.mask, err)
+		} else {
+			d.unalloc(m.slot, m.word.mask()|m.mask, err)
+		}
 	}
-	d.unalloc(m.slot, m.word.mask()|m.mask, err)
+	b.spare(err)
 }
 
 // unextend takes blocks out of a slot again, which stays in use for others, after
@@ -306,10 +319,8 @@ func (d *Device) fill(b *batch, k int) error {
 	}
 	// One read for all, from the first missing block to the last: what lies
 	// between is read along, which costs less than another read.
-	first, last := b.missing[0], b.missing[k-1]
-	from := first.chunk.off() + int64(bits.TrailingZeros16(first.mask))<<blockShift
-	to := last.chunk.off() + int64(bits.Len16(last.mask))<<blockShift
-	buf := b.buf[:to-from]
+	from, to := extent(b.missing[:k])
+	buf := b.buffer(to - from)
 	if err := d.readBlocks(buf, from); err != nil {
 		return err
 	}
@@ -338,10 +349,17 @@ func (d *Device) fill(b *batch, k int) error {
 	return write()
 }
 
+// extent is where in the origin the blocks of list, at least one chunk, begin and end.
+func extent(list []missing) (from, to int64) {
+	first, last := &list[0], &list[len(list)-1]
+	from = first.chunk.off() + int64(bits.TrailingZeros16(first.mask))<<blockShift
+	return from, last.chunk.off() + int64(bits.Len16(last.mask))<<blockShift
+}
+
 // fillMoved copies what is preserved of a chunk that moves to another slot.
 func (d *Device) fillMoved(m missing, b *batch) error {
 	for f, n := range runs(m.word.mask()) {
-		p, at := b.buf[:n<<blockShift], int64(f)<<blockShift
+		p, at := b.buffer(int64(n)<<blockShift), int64(f)<<blockShift
 		if err := d.copier.read(m.word.slot(), p, at, b.deadline); err != nil {
 			return err
 		}

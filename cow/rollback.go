@@ -286,8 +286,8 @@ func (i *Image) writeBack() error {
 		}
 		if r.Zero {
 			err = d.zero(r.Off, r.N, zeroFlags{}, i)
-		} else if err = i.readThrough(nil, b.buf[:r.N], r.Off); err == nil {
-			err = d.write(b.buf[:r.N], r.Off, i)
+		} else if err = i.readThrough(nil, b.buffer(r.N), r.Off); err == nil {
+			err = d.write(b.buffer(r.N), r.Off, i)
 		}
 		if err != nil {
 			return err
