@@ -121,7 +121,7 @@ func BenchmarkWriteNoSnapshot(b *testing.B) {
 	b.Run("TryWrite", func(b *testing.B) {
 		b.ReportAllocs()
 		for n := 0; b.Loop(); n++ {
-			if err := d.TryWrite(p, int64(order[n%len(order)])*blockSize); err != nil {
+			if err := d.TryWrite(p, int64(order[n%len(order)])*blockSize, nil); err != nil {
 				b.Fatal(err)
 			}
 		}

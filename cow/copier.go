@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"blksnap/store"
@@ -44,10 +45,16 @@ type copier struct {
 	quit chan struct{}
 	free sync.Pool // of *slotIO
 
-	// mu protects the fields below. Never held across I/O.
-	mu       sync.Mutex
-	waiting  slotIO // the head of a ring of those whose deadline may pass
-	watching bool   // the watchdog runs
+	// flights are the calls that are made by those who must not wait, each in the
+	// place of a lock that it holds (flight.go).
+	flights [stripes]atomic.Pointer[flight]
+
+	watching atomic.Bool // the watchdog runs; stored under mu
+	resting  atomic.Bool // nobody who must not wait shall call; the watchdog's
+
+	// mu protects the ring below. Never held across I/O.
+	mu      sync.Mutex
+	waiting slotIO // the head of a ring of those whose deadline may pass
 }
 
 // slotIO is one request and who waits for it.
@@ -102,13 +109,19 @@ func (c *copier) do(write bool, s store.Slot, p []byte, off int64, deadline time
 	default:
 		go c.work(io)
 	}
+	return c.await(io)
+}
+
+// await returns the result of io, which is in the ring, or errStuck when its time is
+// over.
+func (c *copier) await(io *slotIO) error {
+	write, s := io.write, io.slot
 	err := <-io.done
-	if err == errStuck {
-		return slotError(write, s, err)
+	if err != errStuck {
+		c.unwatch(io)
+		io.p = nil
+		c.free.Put(io)
 	}
-	c.unwatch(io)
-	io.p = nil
-	c.free.Put(io)
 	return slotError(write, s, err)
 }
 
@@ -119,8 +132,13 @@ func (c *copier) watch(io *slotIO) {
 	last := c.waiting.prev
 	io.prev, io.next = last, &c.waiting
 	last.next, c.waiting.prev = io, io
-	if !c.watching {
-		c.watching = true
+	c.wakeLocked()
+}
+
+// wakeLocked has the watchdog run.
+func (c *copier) wakeLocked() {
+	if !c.watching.Load() {
+		c.watching.Store(true)
 		go c.watchdog()
 	}
 }
@@ -142,13 +160,23 @@ func (io *slotIO) unlink() {
 	io.next, io.prev = nil, nil
 }
 
-// watchdog tells those whose deadline has passed, until nobody has waited for a
-// while.
+// watchdog tells those whose deadline has passed, and takes flights over, until
+// there has been nothing to do for a while.
 func (c *copier) watchdog() {
 	tick := time.NewTicker(watchInterval)
 	defer tick.Stop()
 	quit, patience := c.quit, watchPatience
-	for idle := 0; !c.tellLate(idle >= patience); idle++ {
+	for idle := 0; ; idle++ {
+		if c.takeLate() {
+			idle = 0
+			c.resting.Store(true)
+		}
+		if idle >= patience {
+			c.resting.Store(false)
+		}
+		if c.look(idle >= patience) {
+			return
+		}
 		select {
 		case <-tick.C:
 		case <-quit:
@@ -157,9 +185,9 @@ func (c *copier) watchdog() {
 	}
 }
 
-// tellLate tells those whose deadline has passed. It returns true, and the watchdog
-// must end, if nobody waits and end is set.
-func (c *copier) tellLate(end bool) bool {
+// look tells those whose deadline has passed. It returns true, and the watchdog must
+// end, if nobody waits and end is set.
+func (c *copier) look(end bool) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	now := time.Now()
@@ -171,10 +199,17 @@ func (c *copier) tellLate(end bool) bool {
 		}
 		io = next
 	}
-	if end && c.waiting.next == &c.waiting {
-		c.watching = false
+	if !end || c.waiting.next != &c.waiting {
+		return false
 	}
-	return !c.watching
+	// Who takes off looks at watching after it is in its place, so one of us two
+	// sees the other.
+	c.watching.Store(false)
+	if c.flying() {
+		c.watching.Store(true)
+		return false
+	}
+	return true
 }
 
 // late says whether io is to be given up.

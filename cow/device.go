@@ -104,6 +104,7 @@ type Device struct {
 	changes *cbt.Map
 	flusher *flusher
 	copier  *copier
+	flights sync.Pool // of *flight
 
 	// size is in bytes. It changes under taking, while nobody is inside writers.
 	size atomic.Int64
@@ -221,6 +222,7 @@ func (c *Catalogue) open(o *Origin, pool *store.Pool, cfg Config) (*Device, erro
 	d.size.Store(o.size)
 	d.flusher = newFlusher(d.file.sync)
 	d.copier = newCopier(pool)
+	d.flights.New = func() any { return newFlight(d) }
 	d.settled = sync.NewCond(&d.mu)
 	if d.dir != "" {
 		if err := os.MkdirAll(d.dir, 0o700); err != nil {

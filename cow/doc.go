@@ -36,6 +36,9 @@
 //
 //	enter -> mark -> look -> [lock chunk, look again, copy, publish] -> write -> leave
 //
+// Whoever must not wait does the same in a flight (flight.go), as long as nothing is in
+// the way.
+//
 // The order matters twice. The word that says "preserved" is published before
 // the origin is changed, so that a reader that looks at the words after it has
 // read the origin knows whether its bytes are old. And an image that could not

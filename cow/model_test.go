@@ -210,8 +210,9 @@ func (m *model) change(d *Device, live []byte, dev int, off, n int64, r *rand.Ra
 	stamp(p, dev, off, m.pass.Add(1))
 	copy(live[off:], p)
 	if r.IntN(2) == 0 {
-		if err := d.TryWrite(p, off); err == nil {
-			return nil
+		err := tryWrite(d, p, off)
+		if err != syscall.EAGAIN {
+			return err
 		}
 	}
 	return d.Write(p, off, r.IntN(8) == 0)

@@ -196,7 +196,7 @@ func (l *powerLife) write() {
 	})
 	switch kind {
 	case 0:
-		if err := l.dev.TryWrite(p, off); err == nil {
+		if err := l.dev.TryWrite(p, off, mustNotTake(l.t)); err == nil {
 			return
 		}
 		fallthrough

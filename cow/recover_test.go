@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -332,7 +333,13 @@ func (c *script) set(f func(*facts)) {
 func (c *script) write(v byte, off, n int64) {
 	c.set(func(f *facts) { f.off, f.n = off, n })
 	for _, d := range c.s.devs {
-		put(c.t, d, v, off, n)
+		// As the reader of a connection does it, then as a worker.
+		err := tryWrite(d, bytes.Repeat([]byte{v}, int(n)), off)
+		if err == syscall.EAGAIN {
+			put(c.t, d, v, off, n)
+		} else if err != nil {
+			c.t.Fatal(err)
+		}
 	}
 	c.set(func(f *facts) {
 		for k := range f.live {
@@ -406,6 +413,7 @@ func (c *script) run() {
 	c.take("two")
 	c.write(3, 4096, 4096)
 	c.write(4, 64<<10, 8192)
+	c.write(9, 5*chunkSize-8192, 16384) // of two chunks at once
 	c.takeWith("three", TakeOptions{Writable: true})
 	c.writeImage("three", 50, 2000, 70000)
 	c.write(5, 0, 200000)

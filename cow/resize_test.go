@@ -331,7 +331,7 @@ func TestClientsOfALargerDevice(t *testing.T) {
 			"read":         {d.Read(p, off), syscall.EINVAL},
 			"try to read":  {d.TryRead(p, off), syscall.EAGAIN},
 			"write":        {d.Write(p, off, false), syscall.ENOSPC},
-			"try to write": {d.TryWrite(p, off), syscall.EAGAIN},
+			"try to write": {d.TryWrite(p, off, nil), syscall.EAGAIN},
 			"zero":         {d.WriteZeroes(off, 512, zeroFlags{}), syscall.ENOSPC},
 			"trim":         {d.Trim(off, 512, false), syscall.ENOSPC},
 			"mark":         {d.Mark(off, 512), syscall.EINVAL},

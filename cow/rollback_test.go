@@ -340,7 +340,7 @@ func TestRollbackKeepsOthersOut(t *testing.T) {
 	p := make([]byte, 4096)
 	for what, tc := range map[string]struct{ got, want error }{
 		"write":           {d.Write(p, size-4096, false), ErrRollback},
-		"try to write":    {d.TryWrite(p, size-4096), syscall.EAGAIN},
+		"try to write":    {d.TryWrite(p, size-4096, nil), syscall.EAGAIN},
 		"zero":            {d.WriteZeroes(size-4096, 4096, zeroFlags{}), ErrRollback},
 		"trim":            {d.Trim(size-4096, 4096, false), ErrRollback},
 		"resize":          {d.Resize(), ErrRollback},

@@ -29,6 +29,20 @@ func (k *chunkLocks) unlock(first, last chunkNo) {
 	}
 }
 
+// tryLock takes the locks of chunks first to last if nobody has any of them.
+func (k *chunkLocks) tryLock(first, last chunkNo) bool {
+	for c := first; c <= last; c++ {
+		if !k[c%stripes].TryLock() {
+			for c > first {
+				c--
+				k[c%stripes].Unlock()
+			}
+			return false
+		}
+	}
+	return true
+}
+
 // stripesOf yields the numbers of the locks in ascending order.
 func stripesOf(first, last chunkNo) iter.Seq[chunkNo] {
 	return func(yield func(chunkNo) bool) {

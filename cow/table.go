@@ -29,6 +29,7 @@ import (
 	"os"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"unsafe"
 )
 
@@ -124,10 +125,16 @@ func (t *table) store(c chunkNo, w word) {
 
 // reserve makes a place for the words of chunks [c, c+n), or fails with ENOMEM
 // or ENOSPC.
-func (t *table) reserve(c chunkNo, n int) error {
+func (t *table) reserve(c chunkNo, n int) error { return t.reserveBy(c, n, t.grow) }
+
+// tryReserve is reserve where no memory has to be allocated for that, nor waited for
+// while somebody else does; else EAGAIN.
+func (t *table) tryReserve(c chunkNo, n int) error { return t.reserveBy(c, n, t.tryGrow) }
+
+func (t *table) reserveBy(c chunkNo, n int, grow func(chunkNo) error) error {
 	for last := c + chunkNo(n) - 1; ; c = (c>>leafShift + 1) << leafShift {
 		if t.find(c) == nil {
-			if err := t.grow(c); err != nil {
+			if err := grow(c); err != nil {
 				return err
 			}
 		}
@@ -199,6 +206,28 @@ func (t *table) find(c chunkNo) *uint64 {
 func (t *table) grow(c chunkNo) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	return t.growLocked(c, func() error {
+		err := t.mem.Grow(min(max(memoryStep, t.mem.Len()/8), maxGrowth))
+		if err != nil {
+			// Near the end of the reservation a small step may still fit.
+			err = t.mem.Grow(memoryStep)
+		}
+		return err
+	})
+}
+
+// tryGrow is grow for tryReserve.
+func (t *table) tryGrow(c chunkNo) error {
+	if !t.mu.TryLock() {
+		return syscall.EAGAIN
+	}
+	defer t.mu.Unlock()
+	return t.growLocked(c, func() error { return syscall.EAGAIN })
+}
+
+// growLocked calls more where the memory does not suffice. What it made so far is
+// used by whoever comes next.
+func (t *table) growLocked(c chunkNo, more func() error) error {
 	at := uint32(tableRoot)
 	for l := t.levels - 1; l >= 0; l-- {
 		p := t.child(at, c, l)
@@ -209,11 +238,8 @@ func (t *table) grow(c chunkNo) error {
 				n = leafBytes
 			}
 			if t.used+n > t.mem.Len() {
-				if err := t.mem.Grow(min(max(memoryStep, t.mem.Len()/8), maxGrowth)); err != nil {
-					// Near the end of the reservation a small step may still fit.
-					if err := t.mem.Grow(memoryStep); err != nil {
-						return err
-					}
+				if err := more(); err != nil {
+					return err
 				}
 			}
 			next = uint32(t.used / tableUnit)

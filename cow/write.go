@@ -44,19 +44,43 @@ func (d *Device) write(p []byte, off int64, to *Image) error {
 	return nil
 }
 
-// TryWrite is Write where nothing must be waited for: no snapshot is being
-// taken, everything is preserved, and the page cache takes it. Else EAGAIN.
-func (d *Device) TryWrite(p []byte, off int64) error {
+// TryWrite is Write where nothing must be waited for: no snapshot is being taken,
+// the page cache takes it, and what is not preserved yet is so at once. Else EAGAIN.
+//
+// Where taken is not nil, blocks are preserved by a call on the snapstore that may hang.
+// When it has not come back for a while, taken is called, from another goroutine: the
+// write goes on without the one that called TryWrite, which gets EINPROGRESS when the
+// snapstore lets it go, and must leave alone by then what it shares with others. What is
+// left of the write, and its result, is up to whoever calls rest: once, soon, and from a
+// goroutine that may wait. p is the caller's again when rest has returned. taken must
+// not wait.
+func (d *Device) TryWrite(p []byte, off int64, taken func(rest func() error)) error {
 	g, ok := d.writers.tryEnter()
 	if !ok {
 		return syscall.EAGAIN
 	}
-	defer d.writers.leave(g)
+	err := d.tryWrite(g, p, off, taken)
+	if err != errTaken {
+		d.writers.leave(g)
+	}
+	return err
+}
+
+func (d *Device) tryWrite(g pass, p []byte, off int64, taken func(rest func() error)) error {
 	n := int64(len(p))
-	if d.refuse("write", off, n, nil) != nil || !d.covered(off, n) || !d.shielded(off, n) {
+	if d.refuse("write", off, n, nil) != nil || !d.covered(off, n) {
+		return syscall.EAGAIN
+	}
+	shielded := d.shielded(off, n)
+	if !shielded && (taken == nil || !canFly(off, n)) {
 		return syscall.EAGAIN
 	}
 	d.changes.Mark(off, n)
+	if !shielded {
+		if err := d.tryPreserve(g, p, off, taken); err != nil {
+			return err
+		}
+	}
 	err := d.file.tryWriteAt(p, off)
 	if err != nil && err != syscall.EAGAIN {
 		return d.originError("write", off, err)

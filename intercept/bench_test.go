@@ -45,7 +45,6 @@ func newFileDevice(t testing.TB, size int64) *fileDevice {
 func (d *fileDevice) Size() int64                                 { return d.size }
 func (d *fileDevice) ReadOnly() bool                              { return false }
 func (d *fileDevice) Read(p []byte, off int64) error              { return full(unix.Pread(d.fd, p, off)) }
-func (d *fileDevice) TryWrite(p []byte, off int64) error          { return full(unix.Pwrite(d.fd, p, off)) }
 func (d *fileDevice) Flush() error                                { return unix.Fdatasync(d.fd) }
 func (d *fileDevice) Cache(off, n int64) error                    { return nil }
 func (d *fileDevice) Trim(off, n int64, fua bool) error           { return nil }
@@ -56,6 +55,10 @@ func (d *fileDevice) Write(p []byte, off int64, fua bool) error {
 		return err
 	}
 	return d.Flush()
+}
+
+func (d *fileDevice) TryWrite(p []byte, off int64, _ func(func() error)) error {
+	return full(unix.Pwrite(d.fd, p, off))
 }
 
 func (d *fileDevice) TryRead(p []byte, off int64) error {
@@ -219,5 +222,8 @@ func TestNoAllocation(t *testing.T) {
 // atOnce is a memory that never would block.
 type atOnce struct{ *memory }
 
-func (a atOnce) TryRead(p []byte, off int64) error  { return a.Read(p, off) }
-func (a atOnce) TryWrite(p []byte, off int64) error { return a.Write(p, off, false) }
+func (a atOnce) TryRead(p []byte, off int64) error { return a.Read(p, off) }
+
+func (a atOnce) TryWrite(p []byte, off int64, _ func(func() error)) error {
+	return a.Write(p, off, false)
+}

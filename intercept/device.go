@@ -63,17 +63,27 @@ type ZeroFlags = struct {
 // wait.
 var ErrWouldBlock error = syscall.EAGAIN
 
+// ErrTaken is returned by TryWrite after it has called taken: the write belongs to
+// another goroutine, and so does what its caller shares with others.
+var ErrTaken error = syscall.EINPROGRESS
+
 // A Device that can say at once whether a request would wait implements
 // TryReader or TryWriter; the server then calls these from the goroutine that
 // reads the socket. Neither waits for a disk, a lock that is held across I/O,
 // or space. TryRead may leave anything in p where it fails; TryWrite has no
 // FUA: such writes are given to Write.
+//
+// If taken is not nil, TryWrite may do what can hang after all, where that is rare.
+// When it has hung for a while, it calls taken, once and from another goroutine, and
+// returns ErrTaken, whenever that may be. rest waits for the write and returns its
+// result; it is called once, as soon as there is a goroutine that may wait. p is the
+// server's again when rest returns. taken does not wait.
 type (
 	TryReader interface {
 		TryRead(p []byte, off int64) error
 	}
 	TryWriter interface {
-		TryWrite(p []byte, off int64) error
+		TryWrite(p []byte, off int64, taken func(rest func() error)) error
 	}
 )
 

@@ -9,7 +9,8 @@
 //	request     a header, for WRITE also a payload; known by its cookie
 //	style       how replies look: simple, structured or extended
 //	piece       a part of a large request, small enough to hold in memory
-//	reader      the one goroutine that reads a connection's socket
+//	reader      the one goroutine that reads a connection's socket; another takes
+//	            its place where it hangs in a Device (session.goOn)
 //	worker      a goroutine that serves the requests that may wait
 //
 // # The way of a request

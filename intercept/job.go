@@ -11,6 +11,8 @@ type job struct {
 	off, n int64   // bytes: this piece's
 	buf    *buffer // payload, or room for the data; may be nil
 	whole  *whole  // the request that it is a piece of; nil: all of it
+
+	rest func() error // of a write that was taken from the reader; nil: it has not begun
 }
 
 var jobs = sync.Pool{New: func() any { return new(job) }}
@@ -38,6 +40,9 @@ func (j *job) serve() error {
 	case NBD_CMD_READ:
 		return dev.Read(j.buf.data(j.n), j.off)
 	case NBD_CMD_WRITE:
+		if j.rest != nil {
+			return j.rest()
+		}
 		return dev.Write(j.buf.data(j.n), j.off, j.q.flags&NBD_CMD_FLAG_FUA != 0)
 	case NBD_CMD_FLUSH:
 		return dev.Flush()

@@ -132,7 +132,8 @@ func (m *memory) Status(name string, off, n int64) iter.Seq2[Extent, error] {
 	}
 }
 
-// tryMemory is memory that often serves at once, and sometimes would block.
+// tryMemory is memory that often serves at once, sometimes would block, and sometimes
+// has a write taken over.
 type tryMemory struct {
 	*memory
 	tries atomic.Int64
@@ -146,9 +147,14 @@ func (m *tryMemory) TryRead(p []byte, off int64) error {
 	return m.Read(p, off)
 }
 
-func (m *tryMemory) TryWrite(p []byte, off int64) error {
-	if m.tries.Add(1)%3 == 0 {
+func (m *tryMemory) TryWrite(p []byte, off int64, taken func(func() error)) error {
+	n := m.tries.Add(1)
+	if n%3 == 0 {
 		return ErrWouldBlock
+	}
+	if n%8 == 0 && taken != nil {
+		go taken(func() error { return m.Write(p, off, false) })
+		return ErrTaken
 	}
 	return m.Write(p, off, false)
 }

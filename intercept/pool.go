@@ -85,6 +85,21 @@ func (p *pool) startLocked() {
 	go p.run()
 }
 
+// doNow hands j to a worker of its own, beyond all bounds: others may wait for what it
+// holds. It does not wait.
+func (p *pool) doNow(j *job) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.workers >= maxWorkers {
+		p.spares.Add(-1)
+	}
+	p.workers++
+	go func() {
+		j.run()
+		p.run()
+	}()
+}
+
 // doWait is do, but waits where too many wait already.
 func (p *pool) doWait(j *job) {
 	for !p.do(j) {

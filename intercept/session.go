@@ -46,6 +46,13 @@ type session struct {
 	pending []byte // of batch, to be sent
 	batches chan *buffer
 
+	// What is being written at once, for goOn: started, or small from the input if it
+	// is nil. taken is goOn; making it at each write would allocate.
+	started *job
+	small   request
+	taken   func(rest func() error)
+
+	ended chan error  // why the last reader has ended
 	gone  atomic.Bool // the client is, or the server stops: nobody wants the rest of long requests
 	trace bool        // log each request, as was asked for when the session began
 }
@@ -61,7 +68,9 @@ func newSession(s *Server, h *handshake, l *lease, log *slog.Logger) *session {
 		trace:   log.Enabled(s.ctx, slog.LevelDebug),
 		input:   make([]byte, inputSize),
 		batches: make(chan *buffer, 2),
+		ended:   make(chan error, 1),
 	}
+	n.taken = n.goOn
 	n.account = s.budget.open(n.flush) // the replies so far must not wait with us
 	n.try, _ = dev.(TryReader)
 	n.tryWrite, _ = dev.(TryWriter)
@@ -76,7 +85,8 @@ func newSession(s *Server, h *handshake, l *lease, log *slog.Logger) *session {
 // connection fails, or the server stops. All requests have ended and all
 // replies are written, or cannot be, when it returns.
 func (s *session) run() error {
-	err := s.loop()
+	go s.runReader()
+	err := <-s.ended
 	if err != nil {
 		s.gone.Store(true)
 	}
@@ -85,6 +95,13 @@ func (s *session) run() error {
 	s.pool.close()
 	s.lease.close()
 	return err
+}
+
+// runReader is the reader, until the session ends or another takes its place.
+func (s *session) runReader() {
+	if err := s.loop(); err != ErrTaken {
+		s.ended <- err
+	}
 }
 
 func (s *session) loop() error {
@@ -117,7 +134,7 @@ func (s *session) loop() error {
 }
 
 // handle serves one request, or hands it to a worker. It returns an error only
-// if the connection cannot go on.
+// if the connection cannot go on: ErrTaken, if it cannot with this reader.
 func (s *session) handle(q *request) error {
 	var err error
 	if q.typ == NBD_CMD_BLOCK_STATUS && q.payload(s.style) > 0 {

@@ -30,9 +30,13 @@ func (s *session) writeSmall(q *request) (done bool, err error) {
 			return false, err
 		}
 	}
-	err = s.tryWrite.TryWrite(s.input[s.r:s.r+n:s.r+n], off)
-	if isWouldBlock(err) {
+	s.small = *q
+	err = s.tryWrite.TryWrite(s.input[s.r:s.r+n:s.r+n], off, s.taken)
+	switch {
+	case isWouldBlock(err):
 		return false, nil
+	case err == ErrTaken:
+		return false, err
 	}
 	s.r += n
 	s.lease.leave()
@@ -49,13 +53,47 @@ func (s *session) startWrite(j *job, size int64) error {
 		return err
 	}
 	if s.tryWrite != nil && j.q.flags&NBD_CMD_FLAG_FUA == 0 {
-		if err := s.tryWrite.TryWrite(j.buf.data(j.n), j.off); !isWouldBlock(err) {
+		if err := s.tryStarted(j); !isWouldBlock(err) {
+			if err == ErrTaken {
+				return err
+			}
 			j.end(err, reader)
 			return nil
 		}
 	}
 	s.dispatch(j)
 	return nil
+}
+
+// tryStarted writes the payload of j if that can be done at once.
+func (s *session) tryStarted(j *job) error {
+	taken := s.taken
+	if j.whole != nil {
+		taken = nil // who makes the pieces has more to do than the next request
+	}
+	s.started = j
+	err := s.tryWrite.TryWrite(j.buf.data(j.n), j.off, taken)
+	if err != ErrTaken {
+		s.started = nil
+	}
+	return err
+}
+
+// goOn is called when a write has been taken from the reader, which hangs in it and
+// touches nothing of the session any more: another reader takes its place, and a worker
+// the write. It is called from a goroutine of the Device.
+func (s *session) goOn(rest func() error) {
+	j := s.started
+	if s.started = nil; j == nil {
+		// The payload is in the input, whose rest goes on in another.
+		j = newJob(s, &s.small)
+		was := s.input[s.r+int(j.n) : s.w]
+		s.input = make([]byte, inputSize)
+		s.r, s.w = 0, copy(s.input, was)
+	}
+	j.rest = rest
+	s.pool.doNow(j)
+	go s.runReader()
 }
 
 // isWouldBlock says that a Try method has left the request to be done.
