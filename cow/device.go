@@ -139,6 +139,7 @@ type Device struct {
 	lease   *atomic.Int64
 
 	leaseMemory *memory
+	register    *register             // of its layers; nil where it has no state
 	stateDir    string                // where durable is, empty where nothing outlives the machine
 	reason      atomic.Pointer[error] // why the generation must end, as yet
 	poked       chan struct{}         // wakes keepDurable
@@ -237,6 +238,11 @@ func (c *Catalogue) open(o *Origin, pool *store.Pool, cfg Config) (*Device, erro
 	if lost != nil {
 		d.noteGeneration(lost.Error())
 	}
+	if d.register == nil {
+		if d.register, err = newRegister(d.path(registerName)); err != nil {
+			return nil, err
+		}
+	}
 	d.findTear()
 	c.mu.Lock()
 	c.opened[d.name] = true
@@ -331,9 +337,10 @@ func (d *Device) wipe() error {
 	if d.dir == "" {
 		return nil
 	}
-	if err := os.RemoveAll(d.dir); err != nil {
+	if err := errors.Join(d.register.close(), os.RemoveAll(d.dir)); err != nil {
 		return err
 	}
+	d.register = nil
 	return os.MkdirAll(d.dir, 0o700)
 }
 
@@ -366,7 +373,7 @@ func (d *Device) Close() error {
 	for _, i := range images {
 		i.end(stopping)
 	}
-	err := d.closeTables()
+	err := errors.Join(d.closeTables(), d.register.close())
 	d.copier.close()
 	err = errors.Join(err, d.closeDurable())
 	d.changes.Close()

@@ -36,20 +36,21 @@
 //	offset  size  field
 //	     0     8  "blksnapL", of an overlay "blksnapO"; stored last, and zeroed
 //	              first when the file goes
-//	     8     4  version, 1
-//	    12     4  CRC-32C of bytes 8 to 11 and 16 to 55
+//	     8     4  version, 2
+//	    12     4  CRC-32C of bytes 8 to 11 and 16 to 63
 //	    16     8  number of the layer, ascending in a device
 //	    24     8  size of the image in bytes
 //	    32     8  id of the snapshot
 //	    40     8  1 if the image is writable: an overlay has the layer's number
 //	    48     8  blocks that the snapshot may take of the snapstore, 0: no limit
-//	    56     8  number of the image in the change tracking; written before the
+//	    56     8  random: no other layer has it
+//	    64     8  number of the image in the change tracking; written before the
 //	              snapshot's state is 2
-//	    64     8  committed: 0, or 1 once the snapshot was live; changes
-//	    72     8  fault: 0 healthy, 1 overflowed, 2 failed, 3 destroyed; changes
-//	    80     8  length of the reason, written before fault
-//	    88   512  reason
-//	   600     8  1 while the device is being rolled back to the image; changes
+//	    72     8  committed: 0, or 1 once the snapshot was live; changes
+//	    80     8  fault: 0 healthy, 1 overflowed, 2 failed, 3 destroyed; changes
+//	    88     8  length of the reason, written before fault
+//	    96   512  reason
+//	   608     8  1 while the device is being rolled back to the image; changes
 //
 // An overlay has nothing in what changes.
 
@@ -81,7 +82,7 @@ const (
 
 	layerMagic   = "blksnapL"
 	overlayMagic = "blksnapO"
-	layerVersion = 1
+	layerVersion = 2
 )
 
 // Offsets of the words that change.
@@ -92,12 +93,12 @@ const (
 	recordTaken = 8
 	recordHeld  = 16
 
-	layerCBT         = 56
-	layerCommitted   = 64
-	layerFault       = 72
-	layerReason      = 80
+	layerCBT         = 64
+	layerCommitted   = 72
+	layerFault       = 80
+	layerReason      = 88
 	layerReasonBytes = 512
-	layerRollback    = 600
+	layerRollback    = 608
 )
 
 // States of a record.
@@ -165,18 +166,13 @@ type layerHeader struct {
 	snapshot uint64
 	writable bool
 	most     int64
+	random   uint64
 }
 
-const layerConstant = 56
+const layerConstant = 64
 
 func (h layerHeader) encode(b []byte, magic string) {
-	host.PutUint64(b[16:], h.number)
-	host.PutUint64(b[24:], uint64(h.size))
-	host.PutUint64(b[32:], h.snapshot)
-	if h.writable {
-		host.PutUint64(b[40:], 1)
-	}
-	host.PutUint64(b[48:], uint64(h.most))
+	h.put(b[16:])
 	putMagic(b, magic, layerVersion, layerConstant)
 }
 
@@ -184,13 +180,31 @@ func decodeLayerHeader(b []byte, magic string) (layerHeader, error) {
 	if err := checkMagic(b, magic, layerVersion, layerConstant); err != nil {
 		return layerHeader{}, err
 	}
+	return getLayerHeader(b[16:]), nil
+}
+
+// put writes the fields from number on.
+func (h layerHeader) put(b []byte) {
+	host.PutUint64(b, h.number)
+	host.PutUint64(b[8:], uint64(h.size))
+	host.PutUint64(b[16:], h.snapshot)
+	if h.writable {
+		host.PutUint64(b[24:], 1)
+	}
+	host.PutUint64(b[32:], uint64(h.most))
+	host.PutUint64(b[40:], h.random)
+}
+
+// getLayerHeader reads what put wrote.
+func getLayerHeader(b []byte) layerHeader {
 	return layerHeader{
-		number:   host.Uint64(b[16:]),
-		size:     int64(host.Uint64(b[24:])),
-		snapshot: host.Uint64(b[32:]),
-		writable: host.Uint64(b[40:]) == 1,
-		most:     int64(host.Uint64(b[48:])),
-	}, nil
+		number:   host.Uint64(b),
+		size:     int64(host.Uint64(b[8:])),
+		snapshot: host.Uint64(b[16:]),
+		writable: host.Uint64(b[24:]) == 1,
+		most:     int64(host.Uint64(b[32:])),
+		random:   host.Uint64(b[40:]),
+	}
 }
 
 // maxName and maxNote bound what a record holds.

@@ -19,6 +19,7 @@ func (w *inspector) runDevice(name, dir string) {
 	if err != nil {
 		w.tell(path, adviceGeneration, "%v", err)
 	}
+	w.register(dir)
 	for _, kind := range []struct{ name, magic string }{{layerName, layerMagic}, {overlayName, overlayMagic}} {
 		numbers, err := numbersIn(dir, kind.name)
 		if err != nil {
@@ -27,6 +28,60 @@ func (w *inspector) runDevice(name, dir string) {
 		for _, n := range numbers {
 			w.table(name, layerPath(dir, kind.name, n), kind.magic, n, changes)
 		}
+	}
+}
+
+// register verifies the register of layers in dir, and that what it has is there.
+func (w *inspector) register(dir string) {
+	path := filepath.Join(dir, registerName)
+	f := w.open(path, adviceSnapshots)
+	if f == nil {
+		if numbers, err := numbersIn(dir, layerName); err == nil && len(numbers) > 0 {
+			w.tell(path, adviceSnapshots, "it is not there: nobody knows whether all layers are")
+		}
+		return
+	}
+	defer f.Close()
+	b, err := f.head(entryBytes)
+	if err == nil {
+		err = checkMagic(b, registerMagic, registerVersion, registerHeader)
+	}
+	if err == nil {
+		err = f.stepped()
+	}
+	for at := int64(entryBytes); err == nil && at+entryBytes <= f.size; at += entryBytes {
+		if _, err = f.ReadAt(b, at); err != nil {
+			break
+		}
+		e, used, derr := decodeEntry(b)
+		if derr != nil {
+			err = derr
+		} else if used {
+			w.entered(dir, e)
+		}
+	}
+	if err != nil {
+		w.tell(path, adviceSnapshots, "%v", cause(err))
+	}
+}
+
+// entered verifies that a layer in dir is the one that was entered.
+func (w *inspector) entered(dir string, e entered) {
+	path := layerPath(dir, layerName, e.number)
+	f, err := openInspected(path)
+	if err == nil && f == nil {
+		w.tell(path, adviceSnapshots, "it is not there")
+	}
+	if f == nil {
+		return // or it was told of
+	}
+	defer f.Close()
+	b, err := f.head(tableHeader)
+	if err != nil {
+		return
+	}
+	if h, err := decodeLayerHeader(b, layerMagic); err == nil && e.check(h) != nil {
+		w.tell(path, adviceSnapshots, "%v", e.check(h))
 	}
 }
 
@@ -186,7 +241,11 @@ func (t *tableWalk) walk(at uint32, first chunkNo, level int) error {
 	}
 	if level == 0 {
 		for i := chunkNo(0); i < 1<<leafShift; i++ {
-			if v := word(host.Uint64(b[i*8:])); v != 0 {
+			v := word(host.Uint64(b[i*8:]))
+			if !v.sound(first + i) {
+				return fmt.Errorf("%w: word of chunk %d", ErrDamaged, first+i)
+			}
+			if v &^= checkBits; v != 0 {
 				t.visit(first+i, v)
 			}
 		}

@@ -110,7 +110,12 @@ func (l *layer) header() layerHeader {
 }
 
 // setCBT notes the image's number, which is known only at the instant.
-func (l *layer) setCBT(number uint64) { wordAt(l.table.header(), layerCBT).Store(number) }
+func (l *layer) setCBT(number uint64) {
+	wordAt(l.table.header(), layerCBT).Store(number)
+	if t := l.table; t.register != nil {
+		t.register.setCBT(t.entry, number)
+	}
+}
 
 func (l *layer) cbt() uint64 { return wordAt(l.table.header(), layerCBT).Load() }
 

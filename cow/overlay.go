@@ -21,6 +21,7 @@
 package cow
 
 import (
+	"errors"
 	"fmt"
 	"math/bits"
 
@@ -44,11 +45,15 @@ func newOverlay(dir string, h layerHeader) (*overlay, error) {
 	return &overlay{table: t}, nil
 }
 
-// openOverlay opens the overlay that a predecessor left.
-func openOverlay(dir string, number uint64) (*overlay, error) {
-	t, err := findTable(layerPath(dir, overlayName, number), overlayMagic, number)
+// openOverlay opens the overlay that a predecessor left, as it was entered.
+func (d *Device) openOverlay(e entered) (*overlay, error) {
+	t, err := findTable(layerPath(d.dir, overlayName, e.number), overlayMagic, e.number)
 	if err != nil {
 		return nil, err
+	}
+	h, _ := decodeLayerHeader(t.header(), overlayMagic)
+	if err := e.check(h); err != nil {
+		return nil, errors.Join(err, t.close())
 	}
 	return &overlay{table: t}, nil
 }

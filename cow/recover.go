@@ -117,7 +117,13 @@ func (c *Catalogue) forgetAbsent() (absent []string, err error) {
 		}
 		absent = append(absent, name)
 	}
-	return slices.Compact(absent), nil
+	absent = slices.Compact(absent)
+	for _, name := range absent { // last: until then a start finds that some are missing
+		if err := os.RemoveAll(filepath.Join(c.deviceDir(name), registerName)); err != nil {
+			return nil, err
+		}
+	}
+	return absent, nil
 }
 
 // recoverState finds the device's state in its directory. An error says why it
@@ -156,7 +162,7 @@ func (d *Device) resume() {
 // recoverChanges opens the change map and returns the frozen ones by number.
 func (d *Device) recoverChanges(noted int64) (map[uint64]*cbt.Frozen, error) {
 	if _, err := os.Stat(d.path("changes")); err != nil {
-		return nil, errBlank
+		return nil, cause(err)
 	}
 	mem, err := d.changesAt(cmp.Or(d.cfg.TrackingBlock, cbt.DefaultBlock))
 	if err != nil {
@@ -164,8 +170,6 @@ func (d *Device) recoverChanges(noted int64) (map[uint64]*cbt.Frozen, error) {
 	}
 	m, list, err := cbt.Open(mem)
 	switch {
-	case errors.Is(err, cbt.ErrNoMap):
-		return nil, errBlank
 	case err != nil:
 		return nil, err
 	case d.cfg.TrackingBlock == 0 && m.BlockSize() != cbt.DefaultBlock:
@@ -206,49 +210,178 @@ func (d *Device) recoverLayers(frozen map[uint64]*cbt.Frozen) error {
 	}
 	for n, l := range layers {
 		if n > 0 {
-			layers[n-1].newer.Store(l)
+			layers[n-1].newer.Store(l.layer)
 		}
-		d.nextLayer = l.number + 1
-		if s := d.cat.found[l.header().snapshot]; s != nil {
+		d.nextLayer = l.layer.number + 1
+		d.layers = append(d.layers, l.layer)
+		if s := d.cat.found[l.snapshot]; s != nil {
 			l.commit()
 			d.recoverImage(s, l, frozen)
 		}
 	}
-	d.layers = layers
 	return d.removeOverlays()
 }
 
-// openLayers opens the layers of which a snapshot was live, oldest first, and
-// removes what else there is. Where one is damaged, it and those before it are
-// removed with their images, whose chains it is a part of; newer ones are whole.
-func (d *Device) openLayers() ([]*layer, error) {
-	numbers, err := d.numbers(layerName)
+// foundLayer is a layer, what the register says of it, and why its image is lost.
+type foundLayer struct {
+	*layer
+	entered
+	lost error
+}
+
+// openLayers opens the layers that the register has, oldest first, if their snapshots
+// were live, and removes what else there is. Where one is lost, so are the images up to
+// its own: it is a part of their chains. Newer ones are whole.
+func (d *Device) openLayers() ([]foundLayer, error) {
+	list, lost, err := d.openRegistered()
 	if err != nil {
 		return nil, err
 	}
+	var layers []foundLayer
+	needed := 0 // up to here images are lost
+	for _, e := range list {
+		l, err := d.openEntered(e)
+		if err == nil && !l.committed() && d.cat.found[e.snapshot] == nil { // its snapshot did not come about
+			if err := errors.Join(l.table.forget(), l.table.close()); err != nil {
+				return nil, err
+			}
+			continue
+		}
+		layers = append(layers, foundLayer{layer: l, entered: e})
+		if err != nil {
+			d.cfg.Log.Error("layer lost, and with it the snapshots up to it", "layer", e.number, "err", err)
+			needed, lost = len(layers), fmt.Errorf("layer %d, which it needs, is lost: %w", e.number, err)
+		}
+	}
+	if needed == 0 && lost != nil { // the register itself
+		needed = len(layers)
+	}
+	// First the images, and then the layers: whenever this is cut off, no image is taken
+	// for whole that lacks one.
+	for n := range layers[:needed] {
+		layers[n].lost = lost
+		if l := layers[n].layer; l != nil {
+			l.lose(lost)
+		}
+	}
+	for n, l := range layers[:needed] {
+		if l.layer != nil {
+			continue
+		}
+		if layers[n].layer, err = d.replaceLayer(l.entered); err != nil {
+			return nil, err
+		}
+		layers[n].layer.lose(lost)
+	}
+	return layers, d.removeStrays(layers)
+}
+
+// lose notes that the layer's image is lost, unless it was before.
+func (l *layer) lose(why error) {
+	if kind, _ := l.fault(); kind == faultNone {
+		l.setFault(faultFailed, why.Error())
+	}
+}
+
+// openRegistered opens the register and returns what it has. Where it was lost, for a
+// reason, a new one has what can be found, whose images are lost.
+func (d *Device) openRegistered() (list []entered, lost, err error) {
+	path := d.path(registerName)
+	r, lost := openRegister(path)
+	if lost == nil {
+		if list, lost = r.list(); lost == nil {
+			d.register = r
+			return list, nil, nil
+		}
+		lost = errors.Join(lost, r.close())
+	}
+	if errors.Is(lost, errBlank) {
+		lost = errors.New("it is not there")
+	}
+	lost = fmt.Errorf("the register of its layers is lost: %w", lost)
+	layers, err := d.loseLayers(lost)
+	if err != nil {
+		return nil, nil, err
+	}
+	if d.register, err = newRegister(path); err != nil {
+		return nil, nil, err
+	}
+	for _, l := range layers {
+		if err := errors.Join(d.register.add(l), l.table.close()); err != nil {
+			return nil, nil, err
+		}
+	}
+	if list, err = d.register.list(); len(list) == 0 {
+		lost = nil // there was nothing to lose
+	}
+	return list, lost, err
+}
+
+// loseLayers opens all layers that can be found, and notes that their images are lost.
+func (d *Device) loseLayers(why error) ([]*layer, error) {
+	numbers, err := d.numbers(layerName)
 	var layers []*layer
 	for _, n := range numbers {
 		l, err := openLayer(d.dir, n)
-		switch {
-		case err == nil && (l.committed() || d.cat.found[l.header().snapshot] != nil):
-			layers = append(layers, l)
-		case err == nil: // its snapshot did not come about
-			err = errors.Join(l.table.forget(), l.table.close())
-		case errors.Is(err, errBlank):
-			err = os.Remove(layerPath(d.dir, layerName, n))
-		default:
-			d.cfg.Log.Error("layer lost, and with it the snapshots up to it", "layer", n, "err", err)
-			err = os.Remove(layerPath(d.dir, layerName, n))
-			for _, l := range layers {
-				err = errors.Join(err, l.table.forget(), l.table.close())
-			}
-			layers = nil
-		}
 		if err != nil {
-			return nil, err
+			continue
+		}
+		l.lose(why)
+		layers = append(layers, l)
+	}
+	return layers, err
+}
+
+// openEntered opens a layer as it was entered.
+func (d *Device) openEntered(e entered) (*layer, error) {
+	l, err := openLayer(d.dir, e.number)
+	if errors.Is(err, errBlank) {
+		err = errors.New("its file was emptied")
+	}
+	if err != nil {
+		return nil, cause(err)
+	}
+	if err := e.check(l.header()); err != nil {
+		return nil, errors.Join(err, l.table.close())
+	}
+	l.table.register, l.table.entry = d.register, e.at
+	return l, nil
+}
+
+// replaceLayer makes an empty layer in the place of one that is lost, so that its image
+// can be shown, as failed, also by later starts.
+func (d *Device) replaceLayer(e entered) (*layer, error) {
+	if err := os.RemoveAll(layerPath(d.dir, layerName, e.number)); err != nil {
+		return nil, err
+	}
+	l, err := newLayer(d.dir, e.layerHeader)
+	if err != nil {
+		return nil, err
+	}
+	l.commit() // for all that is known
+	l.setCBT(e.cbt)
+	d.register.remove(e.at)
+	if err := d.register.add(l); err != nil {
+		return nil, errors.Join(err, l.table.forget(), l.table.close())
+	}
+	return l, nil
+}
+
+// removeStrays removes the files of layers that are nobody's.
+func (d *Device) removeStrays(layers []foundLayer) error {
+	numbers, err := d.numbers(layerName)
+	if err != nil {
+		return err
+	}
+	for _, n := range numbers {
+		if slices.ContainsFunc(layers, func(l foundLayer) bool { return l.layer.number == n }) {
+			continue
+		}
+		if err := os.RemoveAll(layerPath(d.dir, layerName, n)); err != nil {
+			return err
 		}
 	}
-	return layers, nil
+	return nil
 }
 
 // numbers are those of the device's files of a name, ascending.
@@ -290,14 +423,18 @@ func (d *Device) removeOverlays() error {
 }
 
 // recoverImage makes the image that begins with l.
-func (d *Device) recoverImage(s *Snapshot, l *layer, frozen map[uint64]*cbt.Frozen) {
-	h := l.header()
-	i := &Image{device: d, snapshot: s, size: h.size, layer: l, frozen: frozen[l.cbt()], gone: make(chan struct{})}
-	delete(frozen, l.cbt())
+func (d *Device) recoverImage(s *Snapshot, l foundLayer, frozen map[uint64]*cbt.Frozen) {
+	h, number := l.layerHeader, l.layer.cbt()
+	i := &Image{device: d, snapshot: s, size: h.size, layer: l.layer, frozen: frozen[number], gone: make(chan struct{})}
+	delete(frozen, number)
 	kind, reason := l.fault()
 	var err error
 	if h.writable && kind == faultNone && i.frozen != nil {
-		i.overlay, err = openOverlay(d.dir, h.number)
+		i.overlay, err = d.openOverlay(l.entered)
+	}
+	if l.lost != nil {
+		d.cfg.Log.Error("snapshot lost", "snapshot", s.name, "err", l.lost)
+		d.event(EventSnapshotFailed, s.name, l.lost.Error())
 	}
 	switch {
 	case kind == faultOverflowed:
@@ -309,7 +446,7 @@ func (d *Device) recoverImage(s *Snapshot, l *layer, frozen map[uint64]*cbt.Froz
 	case err != nil:
 		i.noteFaultLocked(failed("what was written to it is lost: " + err.Error()))
 	default:
-		l.image = i
+		l.layer.image = i
 		s.most = h.most
 		d.addImageLocked(i) // nobody else is there yet
 		if l.rollback() {

@@ -6,6 +6,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -148,7 +149,7 @@ func (d *Device) prepare(s *Snapshot, id uint64, o TakeOptions) (*prepared, erro
 	if u := d.durable.Load(); u != nil {
 		d.keepUp("reserve a number", u, func() error { return u.regions.reserve(d.nextNumber()) })
 	}
-	h := layerHeader{number: d.nextLayer, size: d.Size(), snapshot: id, writable: o.Writable, most: s.most}
+	h := layerHeader{number: d.nextLayer, size: d.Size(), snapshot: id, writable: o.Writable, most: s.most, random: rand.Uint64()}
 	l, err := newLayer(d.dir, h)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", d.name, err)
@@ -162,12 +163,29 @@ func (d *Device) prepare(s *Snapshot, id uint64, o TakeOptions) (*prepared, erro
 		}
 		d.cat.did("make an overlay")
 	}
+	if err := d.enter(i); err != nil {
+		return nil, fmt.Errorf("%s: %w", d.name, err)
+	}
 	l.image = i
 	d.mu.Lock()
 	d.layers = slices.Grow(d.layers, 1)
 	d.images = slices.Grow(d.images, 1)
 	d.mu.Unlock()
 	return &prepared{d, l, &shield{[]*layer{l}, h.size}, i}, nil
+}
+
+// enter enters the layer of an image that is being prepared, or undoes what was made of
+// it.
+func (d *Device) enter(i *Image) error {
+	err := d.register.add(i.layer)
+	if err == nil {
+		d.cat.did("enter a layer")
+		return nil
+	}
+	if o := i.overlay; o != nil {
+		err = errors.Join(err, o.table.forget(), o.table.close())
+	}
+	return errors.Join(err, i.layer.table.forget(), i.layer.table.close())
 }
 
 // discard undoes prepare.

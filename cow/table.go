@@ -15,7 +15,7 @@
 //	  5120     …  nodes and leaves in the order in which they were first needed
 //
 //	node  256 x 4 bytes: offset of the child, 0 where there is none
-//	leaf   32 x 8 bytes: words
+//	leaf   32 x 8 bytes: words, with a check of 8 bits in bits 48 to 55
 //
 // Readers take no lock: a child's offset is stored after the child was zeroed,
 // a word after what it points to was written. Nothing is freed before the whole
@@ -57,7 +57,11 @@ const maxTable = tableUnit << 32
 const maxGrowth = 8 * memoryStep
 
 type table struct {
-	path   string // of its file, empty where it has none
+	path string // of its file, empty where it has none
+
+	register *register // where a layer's is entered, nil where it is not
+	entry    int64
+
 	mem    *memory
 	levels int // of nodes above the leaves
 	end    chunkNo
@@ -114,14 +118,34 @@ func (t *table) load(c chunkNo) word {
 	if p == nil {
 		return 0
 	}
-	return word(atomic.LoadUint64(p))
+	return word(atomic.LoadUint64(p)) &^ checkBits
 }
 
 // store publishes the word of c, whose place a call of reserve has made. The
 // caller holds the chunk's lock, or is the only one who changes this table.
 func (t *table) store(c chunkNo, w word) {
-	atomic.StoreUint64(t.find(c), uint64(w))
+	atomic.StoreUint64(t.find(c), uint64(w.checked(c)))
 }
+
+// checkBits are the bits of a stored word that say whether the others are what was
+// stored, for this chunk. A slot does not use them.
+const checkBits word = 0xff << 48
+
+// checked is w as it is stored. Whatever happens to the bits of one byte shows, and so
+// does nearly all else. (Only a start looks: it would cost readers more than it helps.)
+func (w word) checked(c chunkNo) word {
+	if w == 0 {
+		return 0
+	}
+	x := uint64(w) ^ uint64(c+1)*0x9e3779b97f4a7c15
+	x ^= x >> 32
+	x ^= x >> 16
+	x ^= x >> 8
+	return w&^checkBits | word(x&0xff)<<48
+}
+
+// sound says whether w is what was stored for c.
+func (w word) sound(c chunkNo) bool { return (w &^ checkBits).checked(c) == w }
 
 // reserve makes a place for the words of chunks [c, c+n), or fails with ENOMEM
 // or ENOSPC.
@@ -149,8 +173,12 @@ func (t *table) bytes() int64 { return t.mem.Len() }
 
 // forget makes the table's file one that no start takes for a layer's or overlay's.
 // It comes before any of its slots is given out again: else a start would find a
-// slot in two tables and give it to the wrong one.
+// slot in two tables and give it to the wrong one. First it goes from the register: else
+// a start would miss it.
 func (t *table) forget() error {
+	if t.register != nil {
+		t.register.remove(t.entry)
+	}
 	wordAt(t.header(), 0).Store(0)
 	if t.path == "" {
 		return nil
@@ -162,11 +190,12 @@ func (t *table) forget() error {
 func (t *table) close() error { return t.mem.Close() }
 
 // verify says whether everything that the root leads to is inside the table and
-// has one place each: what find and from rely on.
+// has one place each: what find and from rely on; and whether the words are those that
+// were stored.
 func (t *table) verify() error {
 	seen := make(map[uint32]bool)
-	var walk func(at uint32, level int) error
-	walk = func(at uint32, level int) error {
+	var walk func(at uint32, first chunkNo, level int) error
+	walk = func(at uint32, first chunkNo, level int) error {
 		n := int64(nodeBytes)
 		if level == 0 {
 			n = leafBytes
@@ -175,16 +204,22 @@ func (t *table) verify() error {
 			return fmt.Errorf("%w: node at %d", ErrDamaged, off)
 		}
 		seen[at] = true
+		for i := chunkNo(0); level == 0 && i < 1<<leafShift; i++ {
+			if w := word(atomic.LoadUint64(t.word(at, i))); !w.sound(first + i) {
+				return fmt.Errorf("%w: word of chunk %d", ErrDamaged, first+i)
+			}
+		}
 		for i := chunkNo(0); level > 0 && i < 1<<nodeShift; i++ {
-			if next := atomic.LoadUint32(t.child(at, i<<(leafShift+(level-1)*nodeShift), level-1)); next != 0 {
-				if err := walk(next, level-1); err != nil {
+			below := i << (leafShift + (level-1)*nodeShift)
+			if next := atomic.LoadUint32(t.child(at, below, level-1)); next != 0 {
+				if err := walk(next, first+below, level-1); err != nil {
 					return err
 				}
 			}
 		}
 		return nil
 	}
-	return walk(tableRoot, t.levels)
+	return walk(tableRoot, 0, t.levels)
 }
 
 // find returns the place of c's word, nil if there is none. The layers of a device
@@ -272,7 +307,7 @@ func (t *table) from(c chunkNo) iter.Seq2[chunkNo, word] {
 				c = (c>>skip + 1) << skip
 				continue
 			}
-			if w := word(atomic.LoadUint64(p)); w != 0 && !yield(c, w) {
+			if w := word(atomic.LoadUint64(p)) &^ checkBits; w != 0 && !yield(c, w) {
 				return
 			}
 			c++

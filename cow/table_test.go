@@ -51,7 +51,7 @@ func TestTableModel(t *testing.T) {
 					c = end - 1 - c
 				}
 			}
-			w := word(rng.Uint64())
+			w := word(rng.Uint64()) &^ checkBits
 			if rng.IntN(4) == 0 {
 				w = 0
 			}
@@ -220,7 +220,7 @@ func TestTableGrowsUnderReaders(t *testing.T) {
 	tab := emptyTable(t, end)
 	// Neighbours go to different writers, so that they meet in every leaf.
 	chunk := func(w, k int) chunkNo { return chunkNo(k*writers+w) * 37 }
-	wordOf := func(c chunkNo) word { return word(c+1) * 0x1_0001_0001 }
+	wordOf := func(c chunkNo) word { return word(c+1) * 0x1_0001_0001 &^ checkBits }
 	var wrote, read sync.WaitGroup
 	for w := range writers {
 		wrote.Go(func() {
