@@ -238,6 +238,9 @@ func (c *Catalogue) open(o *Origin, pool *store.Pool, cfg Config) (*Device, erro
 	if lost != nil {
 		d.noteGeneration(lost.Error())
 	}
+	if err := d.tellOthers(); err != nil {
+		return nil, fmt.Errorf("note that its origin has another name now: %w", err)
+	}
 	if d.register == nil {
 		if d.register, err = newRegister(d.path(registerName)); err != nil {
 			return nil, err
@@ -271,7 +274,7 @@ func (d *Device) find() (lost, err error) {
 		if err != nil {
 			return nil, err
 		}
-		if lost = was.foreign(now, lease, true, false); lost != nil {
+		if lost = cmp.Or(servedAs(mem), was.foreign(now, lease, true, false)); lost != nil {
 			d.disown(lost)
 		} else if d.stateDir != "" {
 			if err := d.reopenDurable(); err != nil {

@@ -94,10 +94,15 @@ func (id identity) foreign(now identity, lease time.Time, sameBoot, clean bool) 
 //	   512     8  lease, nanoseconds since 1970; changes
 //	   520     8  size after the origin was resized, 0 where it was not; changes
 //	   528     8  size that the origin is being cut to, 0 where it is not; changes
+//	   536     8  length of the other name that the origin was served under since, 0 where
+//	              it was not (othername.go); changes
+//	   544    64  that name
 const (
-	leaseAt   = checkpointHeader
-	resizedAt = leaseAt + 8
-	cutToAt   = resizedAt + 8
+	leaseAt     = checkpointHeader
+	resizedAt   = leaseAt + 8
+	cutToAt     = resizedAt + 8
+	otherAt     = cutToAt + 8
+	otherNameAt = otherAt + 8
 )
 
 // openLease maps the device's lease file, and returns the identity and the lease
@@ -128,6 +133,17 @@ func (d *Device) openLease() (mem *memory, was identity, lease time.Time, err er
 	return mem, was, time.Unix(0, int64(wordAt(mem.Bytes(), leaseAt).Load())), err
 }
 
+// servedAs returns why the content cannot be what we left, if the lease file says that
+// the origin was served under another name.
+func servedAs(mem *memory) error {
+	b := mem.Bytes()
+	n := wordAt(b, otherAt).Load()
+	if n == 0 {
+		return nil
+	}
+	return fmt.Errorf("the origin was served as device %q meanwhile", b[otherNameAt:][:min(n, maxName)])
+}
+
 // noteSize notes the origin's new size where a killed process leaves it.
 func (d *Device) noteSize(size int64) {
 	d.renewLease(time.Now().UnixNano())
@@ -152,6 +168,7 @@ func (d *Device) beginLease(mem *memory) error {
 	copy(mem.Bytes(), b[:])
 	wordAt(mem.Bytes(), resizedAt).Store(0)
 	wordAt(mem.Bytes(), cutToAt).Store(0)
+	wordAt(mem.Bytes(), otherAt).Store(0)
 	d.lease = (*atomic.Int64)(unsafe.Pointer(&mem.Bytes()[leaseAt]))
 	d.lease.Store(max(d.lease.Load(), info.origin.changed))
 	mem.closeWhenUnused()

@@ -1,0 +1,120 @@
+// One disk under several names.
+//
+// A device keeps its history under its name, and trusts it when the origin is the disk
+// that it was. A file that was served under another name meanwhile has a stamp of that.
+// A block device has none, and neither has a file whose lease still runs: so who opens
+// an origin tells all others that were the same disk, before it lets a write in. In the
+// run directory the other's lease file says which name it was; of what outlives the
+// machine the map goes, and with it the history.
+
+package cow
+
+import (
+	"errors"
+	"io"
+	"os"
+	"path/filepath"
+	"time"
+)
+
+// sameDisk says whether now is what id was, in the same boot or in another. Of block
+// devices in another boot only their content tells.
+func (id identity) sameDisk(now identity, sameBoot bool) bool {
+	switch {
+	case id.isFile() != now.isFile():
+		return false
+	case id.isFile():
+		return id.ino == now.ino && (id.dev == now.dev || !sameBoot)
+	case sameBoot:
+		return id.dev == now.dev && id.diskSeq == now.diskSeq
+	}
+	return id.size == now.size && id.print == now.print
+}
+
+// tellOthers notes with each other device that was this disk that it is served under
+// another name now.
+func (d *Device) tellOthers() error {
+	now, err := d.file.identify(true)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for name := range othersIn(d.cat.dir, d.name) {
+		errs = append(errs, d.tellRun(filepath.Join(d.cat.deviceDir(name), "lease"), now))
+	}
+	for name := range othersIn(d.cat.state, d.name) {
+		errs = append(errs, within(d.cfg.PreserveLimit, func() error { return d.tellState(name, now) }))
+	}
+	return errors.Join(errs...)
+}
+
+// othersIn yields the names of the devices but name that have something in dir.
+func othersIn(dir, name string) func(func(string) bool) {
+	return func(yield func(string) bool) {
+		if dir == "" {
+			return
+		}
+		entries, _ := os.ReadDir(filepath.Join(dir, "devices")) // who cannot be read trusts nothing
+		for _, e := range entries {
+			if e.IsDir() && e.Name() != name && !yield(e.Name()) {
+				return
+			}
+		}
+	}
+}
+
+// tellRun notes it in another device's lease file.
+func (d *Device) tellRun(path string, now identity) error {
+	f, err := openInspected(path)
+	if f == nil || err != nil {
+		return nil // no lease, no trust
+	}
+	defer f.Close()
+	b, err := f.head(otherNameAt + maxName)
+	if err != nil {
+		return nil
+	}
+	info, err := decodeCheckpoint(b[:checkpointHeader])
+	lease := int64(host.Uint64(b[leaseAt:]))
+	if err != nil || !info.origin.sameDisk(now, true) || now.isFile() && lease < time.Now().UnixNano() {
+		return nil
+	}
+	w, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if err != nil {
+		return cause(err)
+	}
+	n := copy(b[otherNameAt:], d.name)
+	_, err = w.WriteAt(b[otherNameAt:otherNameAt+n], otherNameAt)
+	if err == nil {
+		host.PutUint64(b, uint64(n))
+		_, err = w.WriteAt(b[:8], otherAt)
+	}
+	return errors.Join(err, w.Close())
+}
+
+// tellState takes another device's map, which was written down, away.
+func (d *Device) tellState(name string, now identity) error {
+	disk, dir := d.cat.disk, d.cat.stateDir(name)
+	c, err := openCheckpoint(disk, filepath.Join(dir, "map"))
+	if err != nil {
+		return nil // nobody trusts it
+	}
+	if err := c.file.Close(); err != nil && !errors.Is(err, io.EOF) {
+		return err
+	}
+	if !c.origin.sameDisk(now, c.boot == d.cat.boot) {
+		return nil
+	}
+	if now.isFile() {
+		r, err := openRegions(disk, filepath.Join(dir, "regions"))
+		if err != nil {
+			return nil
+		}
+		lease := r.state.lease
+		if r.file.Close(); lease < time.Now().UnixNano() {
+			return nil // the stamp tells
+		}
+	}
+	d.cfg.Log.Warn("the origin was another device: its change tracking ends", "was", name)
+	return errors.Join(removeFile(disk, filepath.Join(dir, "map")), disk.syncDir(dir))
+}
