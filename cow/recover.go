@@ -161,8 +161,8 @@ func (d *Device) resume() {
 
 // recoverChanges opens the change map and returns the frozen ones by number.
 func (d *Device) recoverChanges(noted int64) (map[uint64]*cbt.Frozen, error) {
-	if _, err := os.Stat(d.path("changes")); err != nil {
-		return nil, cause(err)
+	if err := wholeFile(d.path("changes")); err != nil {
+		return nil, err
 	}
 	mem, err := d.changesAt(cmp.Or(d.cfg.TrackingBlock, cbt.DefaultBlock))
 	if err != nil {
@@ -200,6 +200,20 @@ func (d *Device) recoverChanges(noted int64) (map[uint64]*cbt.Frozen, error) {
 		frozen[f.Number()] = f
 	}
 	return frozen, nil
+}
+
+// wholeFile says whether the mapped file at path is there and was not cut short: to be
+// mapped it is made longer, with zeroes, and marks that are gone would be marks that
+// were never made.
+func wholeFile(path string) error {
+	f, err := openInspected(path)
+	if err != nil {
+		return err
+	}
+	if f == nil {
+		return os.ErrNotExist
+	}
+	return errors.Join(f.stepped(), f.Close())
 }
 
 // recoverLayers opens the layers and the images that begin with them.
