@@ -132,12 +132,14 @@ func TestResizeKilledAtEveryStep(t *testing.T) {
 			var lives []*home
 			var steps []string
 			begun := false
+			var met met
 			h.step = func(what string) {
 				mu.Lock()
 				defer mu.Unlock()
 				if !begun {
 					return
 				}
+				met.add(what)
 				l := &home{t: t, dir: fmt.Sprintf("%s-%d", h.dir, len(lives)), moved: true}
 				copyTree(t, h.dir, l.dir)
 				lives, steps = append(lives, l), append(steps, what)
@@ -151,6 +153,11 @@ func TestResizeKilledAtEveryStep(t *testing.T) {
 			}
 			h.step("the end")
 			h.step = nil
+			scenario := "a resize"
+			if c.name == "shrink" {
+				scenario = "a cut by us"
+			}
+			met.check(t, scenario)
 			h.close()
 			noted := false
 			for k, l := range lives {

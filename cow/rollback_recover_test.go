@@ -59,12 +59,14 @@ func rollbackLives(t *testing.T) []rollbackLife {
 	var lives []rollbackLife
 	now := rollbackLife{} // what is true at the next step
 	begun := false
+	var steps met
 	h.step = func(what string) {
 		mu.Lock()
 		defer mu.Unlock()
 		if !begun {
 			return
 		}
+		steps.add(what)
 		switch what {
 		case "note a tear":
 			now.torn = true
@@ -100,6 +102,7 @@ func rollbackLives(t *testing.T) []rollbackLife {
 	begun = false
 	mu.Unlock()
 	h.close()
+	steps.check(t, "a rollback")
 	if !now.done {
 		t.Fatal("it was never noted that the device is torn")
 	}
