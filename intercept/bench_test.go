@@ -205,14 +205,18 @@ func TestNoAllocation(t *testing.T) {
 						}
 					}
 					run(100)
-					var before, after runtime.MemStats
-					runtime.ReadMemStats(&before)
-					run(rounds / depth)
-					runtime.ReadMemStats(&after)
-					// A few are the runtime's own.
-					if got := after.Mallocs - before.Mallocs; got > rounds/10 {
-						t.Errorf("allocations of %d requests\n got %d\nwant (almost) none", rounds, got)
+					var got uint64
+					for range 3 { // the garbage collector may empty the pools once
+						var before, after runtime.MemStats
+						runtime.ReadMemStats(&before)
+						run(rounds / depth)
+						runtime.ReadMemStats(&after)
+						// A few are the runtime's own.
+						if got = after.Mallocs - before.Mallocs; got <= rounds/10 {
+							return
+						}
 					}
+					t.Errorf("allocations of %d requests\n got %d\nwant (almost) none", rounds, got)
 				})
 			}
 		}
