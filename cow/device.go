@@ -138,6 +138,15 @@ type Device struct {
 	durable atomic.Pointer[durable]
 	lease   *atomic.Int64
 
+	// leaseTimer, while the lease runs, calls tendLease, which was called last, or begun
+	// anew, at tended. stamping is how many change the origin outside the gate.
+	leaseTimer *time.Timer
+	tended     atomic.Int64
+	stamping   atomic.Int32
+	extending  single
+	tending    sync.Mutex // held while tendLease runs; protects untended
+	untended   bool
+
 	leaseMemory *memory
 	register    *register             // of its layers; nil where it has no state
 	stateDir    string                // where durable is, empty where nothing outlives the machine
@@ -221,6 +230,8 @@ func (c *Catalogue) open(o *Origin, pool *store.Pool, cfg Config) (*Device, erro
 		lease:   new(atomic.Int64),
 	}
 	d.size.Store(o.size)
+	d.leaseTimer = time.AfterFunc(time.Hour, d.tendLease)
+	d.leaseTimer.Stop()
 	d.flusher = newFlusher(d.file.sync)
 	d.copier = newCopier(pool)
 	d.flights.New = func() any { return newFlight(d) }
@@ -373,6 +384,7 @@ func (d *Device) Close() error {
 	d.mu.Lock()
 	images := slices.Clone(d.images)
 	d.mu.Unlock()
+	d.leaveLease()
 	for _, i := range images {
 		i.end(stopping)
 	}

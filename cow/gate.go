@@ -104,6 +104,9 @@ func (g *gate) leave(p pass) {
 	}
 }
 
+// occupied says whether anybody is inside.
+func (g *gate) occupied() bool { return g.inside[0].n.Load() != 0 || g.inside[1].n.Load() != 0 }
+
 // shut keeps newcomers out from now on. Each shut is followed by one open; the
 // caller sees to it that nobody else shuts the gate in between.
 func (g *gate) shut() {
@@ -126,9 +129,7 @@ func (g *gate) open() {
 func (g *gate) empty(deadline time.Time) bool {
 	timeout := time.NewTimer(time.Until(deadline))
 	defer timeout.Stop()
-	return g.drain(timeout.C, nil, func() bool {
-		return g.inside[0].n.Load() == 0 && g.inside[1].n.Load() == 0
-	})
+	return g.drain(timeout.C, nil, func() bool { return !g.occupied() })
 }
 
 // turn waits until everybody who is inside now has left. It returns false when

@@ -208,6 +208,7 @@ func TestFoundStateIsForgotten(t *testing.T) {
 	was := l.dev.Changes().Generation()
 	killed := l.dev
 	t.Cleanup(func() { killed.Close() })
+	killed.leaveLease()
 	killed.lease.Store(1)
 	if _, err := (diskOrigin{disks: l.disks}).WriteAt(make([]byte, SectorSize), 1<<20); err != nil { // somebody else's
 		t.Fatal(err)
