@@ -74,9 +74,10 @@ type powerLife struct {
 	rng   *rand.Rand
 	where string
 	disks *disks
-	dir   string // the run directory, empty where nothing outlives the process
-	block bool   // a block device
-	still bool   // an origin of which nobody can see who wrote to it, as if all writes were ours
+	dir   string        // the run directory, empty where nothing outlives the process
+	limit time.Duration // how long a state disk is waited for; 0: the default
+	block bool          // a block device
+	still bool          // an origin of which nobody can see who wrote to it, as if all writes were ours
 	cat   *Catalogue
 	pool  *store.Pool
 	dev   *Device
@@ -86,6 +87,7 @@ type powerLife struct {
 	value    uint64
 	snaps    []*Snapshot
 	why      atomic.Value // why the last generation began
+	bubble   bool         // time passes only when everybody waits
 	slow     atomic.Int64 // operations that each call of the state disk waits for
 	failing  int          // calls of the state disk that will fail
 }
@@ -129,7 +131,7 @@ func (l *powerLife) open() {
 	size, _ := file.size()
 	var err error
 	l.dev, err = l.cat.Open(&Origin{path: "/origin", size: size, file: file}, l.pool, Config{
-		Name: "vda", TrackingBlock: powerBlock, Number: first,
+		Name: "vda", TrackingBlock: powerBlock, Number: first, PreserveLimit: l.limit,
 		Notify: func(e Event) {
 			if e.Kind == EventGeneration {
 				l.why.Store(e.Text)

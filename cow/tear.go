@@ -31,6 +31,7 @@ import (
 	"io"
 	"io/fs"
 	"path/filepath"
+	"sync"
 )
 
 const (
@@ -89,10 +90,8 @@ func (i *Image) beginTear() error {
 		return nil
 	}
 	t := &tear{d.changes.Number(), i.snapshot.name}
-	if path := d.tearPath(); path != "" {
-		if err := d.noteTear(path, t); err != nil {
-			return fmt.Errorf("note the rollback: %w", err)
-		}
+	if err := d.noteTear(t); err != nil {
+		return fmt.Errorf("note the rollback: %w", err)
 	}
 	d.tear.Store(t)
 	d.cat.did("note a tear")
@@ -106,24 +105,62 @@ func (i *Image) endTear() {
 	if i.frozen.Number() > t.number {
 		return
 	}
-	if path := d.tearPath(); path != "" {
-		if err := errors.Join(removeFile(d.cat.disk, path), d.cat.disk.syncDir(d.stateDir)); err != nil {
-			d.cfg.Log.Error("cannot note that a rollback has ended: the next start may say that it has not", "err", err)
-		}
+	if err := within(d.cfg.PreserveLimit, d.forgetTear); err != nil {
+		d.cfg.Log.Error("cannot note that a rollback has ended: the next start may say that it has not", "err", err)
 	}
 	d.tear.Store(nil)
 	d.cat.did("take back the note of a tear")
 }
 
-// noteTear writes the note to path, durably.
-func (d *Device) noteTear(path string, t *tear) error {
+// noteTear notes t durably. The device takes no writes meanwhile, so a state disk that
+// hangs is waited for no longer than a snapstore; what is written after that is taken
+// back.
+func (d *Device) noteTear(t *tear) error {
+	if d.stateDir == "" {
+		return nil
+	}
+	var mu sync.Mutex
+	var noted, late bool
+	err := within(d.cfg.PreserveLimit, func() error {
+		if err := d.writeTear(t); err != nil {
+			return errors.Join(err, d.forgetTear()) // it may be there all the same
+		}
+		mu.Lock()
+		noted = true
+		undo := late
+		mu.Unlock()
+		if undo {
+			return d.forgetTear()
+		}
+		return nil
+	})
+	mu.Lock()
+	defer mu.Unlock()
+	if errors.Is(err, errNoAnswer) {
+		if noted {
+			return nil // just in time
+		}
+		late = true
+	}
+	return err
+}
+
+func (d *Device) writeTear(t *tear) error {
 	if err := makeDir(d.cat.disk, d.cat.state, d.stateDir); err != nil {
 		return err
 	}
-	return replaceFile(d.cat.disk, path, func(f durableFile) error {
+	return replaceFile(d.cat.disk, d.tearPath(), func(f durableFile) error {
 		_, err := f.WriteAt(t.encode(), 0)
 		return err
 	})
+}
+
+// forgetTear takes the note back, durably.
+func (d *Device) forgetTear() error {
+	if d.stateDir == "" {
+		return nil
+	}
+	return errors.Join(removeFile(d.cat.disk, d.tearPath()), d.cat.disk.syncDir(d.stateDir))
 }
 
 // readTear reads the note at path.
