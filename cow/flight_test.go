@@ -206,28 +206,8 @@ func TestNoFlight(t *testing.T) {
 			put(r.t, r.devs[0], 1, b, b)
 			return failing(r.parts[0].hook, "write", errIO)
 		}},
-		{"a full snapstore", 0, b, func(r *rig) func() {
-			free := int64(r.pool.Room())
-			slots, masks := make([]store.Slot, free/chunkSize+1), make([]uint16, free/chunkSize+1)
-			for k := range masks {
-				masks[k] = allBlocks
-			}
-			n, _ := r.pool.Alloc(slots, masks)
-			for r.pool.Room() > 0 {
-				if _, err := r.pool.Alloc(slots[n:n+1], []uint16{1}); err != nil {
-					break
-				}
-				masks[n] = 1
-				n++
-				slots = append(slots, 0)
-				masks = append(masks, 1)
-			}
-			return func() {
-				for k := range n {
-					r.pool.Free(slots[k], masks[k])
-				}
-			}
-		}},
+		{"a full snapstore", 0, b, func(r *rig) func() { return fillUp(r, 0) }},
+		{"a snapstore with room for one of two", chunkSize - b, 2 * b, func(r *rig) func() { return fillUp(r, b) }},
 		{"a snapshot's limit", 0, b, func(r *rig) func() {
 			s := r.takeWith(TakeOptions{MaxStore: blockSize}, "limited")
 			put(r.t, r.devs[0], 1, 3*chunkSize, b)
@@ -264,6 +244,30 @@ func TestNoFlight(t *testing.T) {
 			put(t, d, 2, tc.off, tc.n) // nothing is locked
 			want(t, image(t, s, "d0"), 1, 0, data)
 		}))
+	}
+}
+
+// fillUp leaves room for so many bytes in the snapstore, until the function that it
+// returns is called.
+func fillUp(r *rig, room int64) func() {
+	r.t.Helper()
+	var slots []store.Slot
+	var masks []uint16
+	for r.pool.Room() > room {
+		mask := uint16(1)
+		if r.pool.Room() >= room+chunkSize {
+			mask = allBlocks
+		}
+		slot := make([]store.Slot, 1)
+		if _, err := r.pool.Alloc(slot, []uint16{mask}); err != nil {
+			r.t.Fatal(err)
+		}
+		slots, masks = append(slots, slot[0]), append(masks, mask)
+	}
+	return func() {
+		for k, s := range slots {
+			r.pool.Free(s, masks[k])
+		}
 	}
 }
 
@@ -441,6 +445,22 @@ func TestFlightLandsLate(t *testing.T) {
 		time.Sleep((watchPatience + 2) * watchInterval)
 		mustFly(t, d, 3, chunkSize, blockSize)
 	})
+}
+
+// TestWatchdogStaysForFlights has the watchdog about to end when somebody takes off who
+// has still seen it run.
+func TestWatchdogStaysForFlights(t *testing.T) {
+	c, _, _ := openCopier(t, true, 1)
+	f := newFlight(nil)
+	c.watching.Store(true)
+	c.flights[7].Store(f)
+	if c.look(true) || !c.watching.Load() {
+		t.Error("the watchdog has ended while somebody flies")
+	}
+	c.flights[7].Store(nil)
+	if !c.look(true) || c.watching.Load() {
+		t.Error("the watchdog goes on although nobody flies")
+	}
 }
 
 // TestTakeDuringFlight takes a snapshot while a flight that was taken over waits: it

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"net"
 	"runtime"
 	"strings"
 	"syscall"
@@ -47,6 +48,17 @@ func (k *stuck) rest() error {
 	return k.Write(k.payload, 0, false)
 }
 
+// corked keeps what is written to it.
+type corked struct {
+	net.Conn
+	held []byte
+}
+
+func (c *corked) Write(p []byte) (int, error) {
+	c.held = append(c.held, p...)
+	return len(p), nil
+}
+
 // readers is how many readers of sessions there are.
 func readers() int {
 	b := make([]byte, 1<<20)
@@ -86,12 +98,17 @@ func TestWriteIsTaken(t *testing.T) {
 				before := readers()
 				c := connect(t, addr, st, "disk")
 				payload := bytes.Repeat([]byte{7}, tc.n)
+				// What comes behind it is in the input when it is taken, the end of it on its way.
+				cork := &corked{Conn: c.conn}
+				c.conn = cork
 				w := c.start(request{typ: NBD_CMD_WRITE, n: uint64(tc.n)}, payload)
-				taken := <-k.entered
-				// What comes behind it is in the input, or on its way, when it is taken.
 				behind := c.start(request{typ: NBD_CMD_READ, off: 1 << 20, n: 4096}, nil)
 				write := c.start(request{typ: NBD_CMD_WRITE, off: 2 << 20, n: 4096}, bytes.Repeat([]byte{8}, 4096))
+				c.conn = cork.Conn
+				c.write(cork.held[:len(cork.held)-1000])
+				taken := <-k.entered
 				taken(k.rest)
+				c.write(cork.held[len(cork.held)-1000:])
 				for _, x := range []*exchange{behind, write} {
 					if <-x.done; x.err != nil || x.errno != 0 {
 						t.Errorf("a request behind the write\n got %d, %v\nwant success", x.errno, x.err)
