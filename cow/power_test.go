@@ -634,6 +634,8 @@ func (l *powerLife) checkTear() {
 // tornAt says whether the first k operations leave an origin into which a rollback,
 // which had not begun before from, has written something and not flushed all of it.
 func (l *powerLife) tornAt(from, k int) bool {
+	l.disks.mu.Lock() // a checkpoint may be under way
+	defer l.disks.mu.Unlock()
 	last, synced := -1, -1
 	for i, o := range l.disks.ops[:k] {
 		switch {
