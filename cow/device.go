@@ -155,6 +155,8 @@ type Device struct {
 	keeping     chan struct{}         // full while somebody replaces durable, or writes it down
 	ending      sync.Mutex            // held while it is noted that the generation ends
 
+	forgetting atomic.Pointer[chan struct{}] // closed when the last forgetter has ended
+
 	stop    chan struct{} // closed when the device closes
 	wake    chan struct{} // wakes the reclaimer
 	running sync.WaitGroup

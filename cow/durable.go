@@ -118,6 +118,7 @@ func (d *Device) restartDurable() error {
 	if err := makeDir(d.cat.disk, d.cat.state, d.stateDir); err != nil {
 		return err
 	}
+	d.awaitForgetting()
 	if err := d.forgetMap(); err != nil {
 		return err
 	}

@@ -70,7 +70,7 @@ func (d *Device) endDurable(u *durable, why error, deadline time.Time) {
 // noteEnded notes durably that the map of a generation, or, with uuid.Nil, of whichever
 // is there, is not to be trusted after a reboot. It waits until the deadline.
 func (d *Device) noteEnded(generation uuid.UUID, deadline time.Time) error {
-	ways := []func() error{d.forgetMap}
+	ways := []func() error{d.forgetter()}
 	if generation != uuid.Nil {
 		ways = append(ways, func() error {
 			return d.stamp(func() error { return d.file.noteEnded(generation) })
@@ -126,6 +126,27 @@ func (d *Device) forgetMap() error {
 	return err
 }
 
+// forgetter is forgetMap for somebody who may not wait for its end, to be called once. The
+// next map is not written down before that: it would be the one that is removed.
+func (d *Device) forgetter() func() error {
+	done := make(chan struct{})
+	before := d.forgetting.Swap(&done)
+	return func() error {
+		defer close(done)
+		if before != nil {
+			<-*before
+		}
+		return d.forgetMap()
+	}
+}
+
+// awaitForgetting waits for every forgetter that there is.
+func (d *Device) awaitForgetting() {
+	if c := d.forgetting.Load(); c != nil {
+		<-*c
+	}
+}
+
 // removeState removes all that outlives the machine, durably.
 func (d *Device) removeState() error {
 	if err := d.cat.disk.removeAll(d.stateDir); err != nil {
@@ -146,7 +167,7 @@ func (d *Device) dropDurable() {
 		return
 	}
 	deadline := time.Now().Add(d.cfg.PreserveLimit)
-	if err := within(d.cfg.PreserveLimit/2, d.forgetMap); err != nil {
+	if err := within(d.cfg.PreserveLimit/2, d.forgetter()); err != nil {
 		d.endDurable(u, fmt.Errorf("remove the change map: %w", err), deadline)
 		return
 	}

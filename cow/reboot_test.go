@@ -195,6 +195,32 @@ func TestWriteWaitsForTheEndOfTheGeneration(t *testing.T) {
 	l.must(errors.Join(<-first, <-second))
 }
 
+// TestNewMapIsNotForgotten has a record fail once, and the origin note the end of the
+// generation before the map was removed. That must not remove the next one.
+func TestNewMapIsNotForgotten(t *testing.T) {
+	l := newPowerLife(t)
+	l.keep()
+	l.take()
+	l.unkept("failing")
+	entered, release := l.hold("remove /state/devices/vda/map")
+	held, failed := l.disks.before, false
+	l.disks.before = func(what string) error {
+		if !failed && strings.HasPrefix(what, "write /state/devices/vda/regions") {
+			failed = true
+			return errIO
+		}
+		return held(what)
+	}
+	l.put(3 << regionShift)
+	l.await(entered)
+	kept := begin(l.checkpoint)
+	stillWaits(t, kept, "a map while the last one is still to be removed")
+	close(release)
+	l.must(<-kept)
+	l.kept()
+	l.lose(0)
+}
+
 // TestFoundStateIsForgotten has the map in the run directory begin a generation that is
 // not in the state directory yet when the process is killed. The next start goes on with
 // it: what is in the state directory must not be trusted after a loss of power, from the
