@@ -34,7 +34,7 @@ func (id identity) sameDisk(now identity, sameBoot bool) bool {
 // tellOthers notes with each other device that was this disk that it is served under
 // another name now.
 func (d *Device) tellOthers() error {
-	now, err := d.file.identify(true)
+	now, err := d.file.identify(false)
 	if err != nil {
 		return err
 	}
@@ -102,7 +102,14 @@ func (d *Device) tellState(name string, now identity) error {
 	if err := c.file.Close(); err != nil && !errors.Is(err, io.EOF) {
 		return err
 	}
-	if !c.origin.sameDisk(now, c.boot == d.cat.boot) {
+	sameBoot := c.boot == d.cat.boot
+	if !sameBoot && !now.isFile() && !c.origin.isFile() && c.origin.size == now.size {
+		// Only now: it reads of the disk.
+		if now, err = d.file.identify(true); err != nil {
+			return err
+		}
+	}
+	if !c.origin.sameDisk(now, sameBoot) {
 		return nil
 	}
 	if now.isFile() {
