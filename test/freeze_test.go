@@ -127,12 +127,14 @@ func TestThaw(t *testing.T) {
 		eventually(t, "the file system is thawed", func() bool { return !isFrozen(t, point) })
 	})
 	t.Run("the freezer is killed", func(t *testing.T) {
-		cmd := d.command("snapshot", "create", "alone", "--before", "kill -STOP "+pid(d), "--freeze", point)
+		mine := filepath.Join(scratch(t), "pid") // of the command, the shell's parent
+		before := fmt.Sprintf("echo $PPID > %s; kill -STOP %s", mine, pid(d))
+		cmd := d.command("snapshot", "create", "alone", "--before", before, "--freeze", point)
 		ended := make(chan result, 1)
 		go func() { ended <- endWithin(t, time.Minute, cmd) }()
 		defer d.cmd.Process.Signal(syscall.SIGCONT)
 		eventually(t, "the file system is frozen", func() bool { return isFrozen(t, point) })
-		children, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", cmd.Process.Pid))
+		children, err := filepath.Glob("/proc/" + read(t, mine) + "/task/*/children")
 		if err != nil {
 			t.Fatal(err)
 		}
