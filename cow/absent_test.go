@@ -142,45 +142,168 @@ func TestForget(t *testing.T) {
 	}
 }
 
-// TestOverflowIsNotForgotten loses images, gives their layers back, and starts again:
-// what is left of a snapshot does not look whole, and can be destroyed.
+// TestOverflowIsNotForgotten loses images, gives their layers back, and starts again and
+// again: each start shows them as they were, nothing is left of them in the snapstore, and
+// with their snapshot all goes.
 func TestOverflowIsNotForgotten(t *testing.T) {
 	for _, tc := range []struct {
+		name string
 		lose []int // devices
+		f    *fault
 		want string
 	}{
-		{[]int{0}, "failed: 1 of 2 images were lost before the last start"},
-		{[]int{0, 1}, "failed: 2 of 2 images were lost before the last start"},
+		{"one of two", []int{0}, overflowed, "overflowed"},
+		{"both", []int{0, 1}, overflowed, "overflowed"},
+		{"for a reason", []int{0, 1}, failed("disk on fire"), "failed: disk on fire"},
 	} {
-		dir := newSiteDir(t)
-		s := openSite(t, dir, 64<<20, nil)
-		n := s.take(t, "both")
-		for _, k := range tc.lose {
-			s.devs[k].breakImage(image(t, n, siteDevices[k]), overflowed, ErrOverflowed)
-			s.devs[k].settle(time.Minute)
-		}
-		if got := n.State(); got != "overflowed" {
-			t.Errorf("state before the restart\n got %s\nwant overflowed", got)
-		}
-		s.close(t)
+		t.Run(tc.name, func(t *testing.T) { loseAndStart(t, tc.lose, tc.f, tc.want) })
+	}
+}
 
-		s = openSite(t, dir, 64<<20, nil)
-		n = s.snap["both"]
-		if n == nil {
-			t.Fatalf("the snapshot with %d lost images is gone", len(tc.lose))
+func loseAndStart(t *testing.T, lose []int, f *fault, want string) {
+	dir := newSiteDir(t)
+	s := openSite(t, dir, 64<<20, nil)
+	s.take(t, "older")
+	put(t, s.devs[0], 1, 0, chunkSize)
+	n, err := s.cat.Take("both", s.devs, TakeOptions{Limit: time.Minute, Writable: true, MaxStore: 2 * siteSize})
+	if err != nil {
+		t.Fatal(err)
+	}
+	put(t, s.devs[0], 2, 0, 3*chunkSize)
+	put(t, image(t, n, "a"), 3, 0, chunkSize)
+	s.take(t, "newer")
+	put(t, s.devs[0], 4, 0, siteSize)
+	for _, k := range lose {
+		s.devs[k].breakImage(image(t, n, siteDevices[k]), f, f.err)
+		s.devs[k].settle(time.Minute)
+	}
+	older := make([]byte, siteSize)
+	newer := append(bytes.Repeat([]byte{2}, 3*chunkSize), make([]byte, siteSize-3*chunkSize)...)
+	for start := range 4 {
+		if start > 0 {
+			s.close(t)
+			for _, p := range inspect(t, dir) {
+				t.Errorf("before start %d: %s: %s", start, p.File, p.Text)
+			}
+			s = openSite(t, dir, 64<<20, nil)
+			if n = s.snap["both"]; n == nil {
+				t.Fatalf("start %d: the snapshot is gone", start)
+			}
+			wantImage(t, s, "older", "a", older)
+			wantImage(t, s, "newer", "a", newer)
 		}
-		if got := n.State(); got != tc.want {
-			t.Errorf("state after the restart\n got %s\nwant %s", got, tc.want)
+		if got := n.State(); got != want {
+			t.Errorf("start %d: state of the snapshot\n got %s\nwant %s", start, got, want)
 		}
-		if err := n.Destroy(false); err != nil {
-			t.Error(err)
+		if got := n.MaxStore(); got != 2*siteSize/blockSize*blockSize {
+			t.Errorf("start %d: its limit is %d", start, got)
 		}
-		s.close(t)
-		s = openSite(t, dir, 64<<20, nil)
-		if len(s.snap) > 0 {
-			t.Errorf("a destroyed snapshot is back: %v", s.snap)
+		for _, k := range lose {
+			i := image(t, n, siteDevices[k])
+			if got := i.State(); got != want {
+				t.Errorf("start %d: state of the image of %s\n got %s\nwant %s", start, siteDevices[k], got, want)
+			}
+			if err := i.Read(make([]byte, 1), 0); !errors.Is(err, errors.Unwrap(f.err)) && !errors.Is(err, f.err) {
+				t.Errorf("start %d: it reads with %v", start, err)
+			}
 		}
-		s.close(t)
+		if err := Check(s.pool, s.devs...); err != nil {
+			t.Errorf("start %d: %v", start, err)
+		}
+	}
+	if err := n.Destroy(false); err != nil {
+		t.Error(err)
+	}
+	wantLayers(t, dir, 2)
+	s.close(t)
+	s = openSite(t, dir, 64<<20, nil)
+	defer s.close(t)
+	if _, back := s.snap["both"]; back {
+		t.Error("a destroyed snapshot is back")
+	}
+	wantLayers(t, dir, 2)
+}
+
+// wantLayers checks how many layers of device a have files, and how many are entered.
+func wantLayers(t *testing.T, dir string, want int) {
+	t.Helper()
+	run := filepath.Join(dir, "run", "devices", "a")
+	numbers, err := numbersIn(run, layerName)
+	if err != nil || len(numbers) != want {
+		t.Errorf("files of layers %v, %v, want %d", numbers, err, want)
+	}
+	b, err := os.ReadFile(filepath.Join(run, registerName))
+	if err != nil {
+		t.Fatal(err)
+	}
+	entries := 0
+	for at := entryBytes; at < len(b); at += entryBytes {
+		if host.Uint64(b[at:]) != 0 {
+			entries++
+		}
+	}
+	if entries != want {
+		t.Errorf("%d layers are entered, want %d", entries, want)
+	}
+}
+
+// TestSpentLayer looks at the file that is left of a lost image, and does something to it
+// while nobody looks: that costs the older image nothing, and the lost one stays lost.
+func TestSpentLayer(t *testing.T) {
+	for _, tc := range []struct {
+		name  string
+		spoil func(path string) error
+		want  string // in the state
+	}{
+		{"nothing", func(string) error { return nil }, "overflowed"},
+		{"removed", os.Remove, "failed: layer 1 is lost: no such file"},
+		{"emptied", func(path string) error { return os.Truncate(path, 0) }, "failed: layer 1 is lost: its file was emptied"},
+		{"not cut", func(path string) error { return os.Truncate(path, 3*memoryStep) }, "overflowed"},
+		{"not entered as spent", func(path string) error {
+			return poke(filepath.Join(filepath.Dir(path), registerName), entryBytes*2, entrySpent^entryInUse)
+		}, "overflowed"},
+		{"not spent by itself", func(path string) error { return poke(path, layerSpent, 1) }, "overflowed"},
+		{"register removed", func(path string) error {
+			return os.Remove(filepath.Join(filepath.Dir(path), registerName))
+		}, "overflowed"},
+		{"no fault", func(path string) error { return poke(path, layerFault, faultOverflowed) }, "failed: nobody knows why"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			dir := newSiteDir(t)
+			s := openSite(t, dir, 64<<20, nil)
+			s.take(t, "older")
+			n := s.take(t, "lost")
+			for c := chunkNo(0); c < chunks(siteSize); c++ {
+				put(t, s.devs[0], byte(c+1), c.off(), min(blockSize, siteSize-c.off()))
+			}
+			s.take(t, "newer")
+			path := s.devs[0].layers[1].table.path
+			s.devs[0].breakImage(image(t, n, "a"), overflowed, ErrOverflowed)
+			s.devs[0].settle(time.Minute)
+			if st, err := os.Stat(path); err != nil || st.Size() != memoryStep {
+				t.Fatalf("what is left of the layer: %v, %v; want a file of %d bytes", st, err, memoryStep)
+			}
+			s.close(t)
+			if err := tc.spoil(path); err != nil {
+				t.Fatal(err)
+			}
+			for range 2 {
+				s = openSite(t, dir, 64<<20, nil)
+				if got := image(t, s.snap["lost"], "a").State(); !strings.HasPrefix(got, tc.want) {
+					t.Errorf("state of the lost image\n got %s\nwant %s", got, tc.want)
+				}
+				if tc.name != "register removed" {
+					wantImage(t, s, "older", "a", make([]byte, siteSize))
+				}
+				if err := Check(s.pool, s.devs...); err != nil {
+					t.Error(err)
+				}
+				if st, err := os.Stat(path); err != nil || st.Size() != memoryStep {
+					t.Errorf("what is left of the layer: %v, %v; want a file of %d bytes", st, err, memoryStep)
+				}
+				s.close(t)
+			}
+		})
 	}
 }
 

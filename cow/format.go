@@ -51,6 +51,8 @@
 //	    88     8  length of the reason, written before fault
 //	    96   512  reason
 //	   608     8  1 while the device is being rolled back to the image; changes
+//	   616     8  1 once the layer is spent (spent.go); then its words mean nothing, and
+//	              the file may be cut to 64 KiB
 //
 // An overlay has nothing in what changes.
 
@@ -99,6 +101,7 @@ const (
 	layerReason      = 88
 	layerReasonBytes = 512
 	layerRollback    = 608
+	layerSpent       = 616
 )
 
 // States of a record.

@@ -30,6 +30,7 @@ type Image struct {
 
 	users  int   // protected by Snapshot.mu
 	blocks int64 // of the snapstore, where its snapshot has a limit; protected by Device.mu
+	spent  bool  // its layer is (spent.go); protected by Device.mu
 }
 
 // Device is whose content it is.
@@ -159,7 +160,7 @@ func (i *Image) noteFaultLocked(f *fault) {
 // destroy ends the image, also if it was lost before.
 func (i *Image) destroy() {
 	if !i.end(destroyed) {
-		i.fault.Store(destroyed)
+		i.bury()
 	}
 	close(i.gone)
 	i.frozen.Release()

@@ -34,7 +34,8 @@ func inspect(t *testing.T, dir string) []Problem {
 // TestInspectAtEveryStep looks at what a process leaves that is killed after any change
 // of state: a start makes sense of all of it, so nothing is wrong with it.
 func TestInspectAtEveryStep(t *testing.T) {
-	for _, l := range livesOf(t, 64<<20, (*script).run, &met{}) {
+	lives := livesOf(t, 64<<20, (*script).run, &met{})
+	for _, l := range append(lives, livesOf(t, 640<<10, (*script).runFull, &met{})...) {
 		for _, p := range inspect(t, l.dir) {
 			t.Errorf("after %q: %s: %s", l.what, p.File, p.Text)
 		}

@@ -142,7 +142,7 @@ func (w *inspector) table(device, path, magic string, number uint64, changes *cb
 	if err == nil && magic == layerMagic {
 		err = w.layer(b, h, changes)
 	}
-	if err == nil {
+	if err == nil && host.Uint64(b[layerSpent:]) == 0 {
 		w.tables = append(w.tables, inspectedTable{path, device, number, magic == overlayMagic})
 		err = w.words(f, chunks(h.size))
 	}
@@ -155,9 +155,10 @@ func (w *inspector) table(device, path, magic string, number uint64, changes *cb
 func (w *inspector) layer(b []byte, h layerHeader, changes *cbt.Report) error {
 	fault, cbt := host.Uint64(b[layerFault:]), host.Uint64(b[layerCBT:])
 	committed, rollback := host.Uint64(b[layerCommitted:]), host.Uint64(b[layerRollback:])
+	spent := host.Uint64(b[layerSpent:])
 	switch {
-	case fault > faultDestroyed || committed > 1 || rollback > 1:
-		return fmt.Errorf("%w: words of its header: committed %d, fault %d, rollback %d", ErrDamaged, committed, fault, rollback)
+	case fault > faultDestroyed || committed > 1 || rollback > 1 || spent > 1 || spent == 1 && fault == faultNone:
+		return fmt.Errorf("%w: words of its header: committed %d, fault %d, rollback %d, spent %d", ErrDamaged, committed, fault, rollback, spent)
 	case host.Uint64(b[layerReason:]) > layerReasonBytes:
 		return fmt.Errorf("%w: a reason of %d bytes", ErrDamaged, host.Uint64(b[layerReason:]))
 	}

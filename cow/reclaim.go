@@ -208,16 +208,21 @@ func (d *Device) free(s *scrap) error {
 		d.pool.Shrink(w.slot(), w.mask())
 	}
 	for _, t := range s.tables {
-		errs = append(errs, t.forget())
-		d.cat.did("forget a table")
+		if !d.spend(t) {
+			errs = append(errs, t.forget())
+			d.cat.did("forget a table")
+		}
 		for _, w := range t.from(0) {
 			d.freeSlot(w)
 		}
-		errs = append(errs, t.close())
+		errs = append(errs, d.closeUseless(t))
 	}
 	for _, t := range s.empty {
-		errs = append(errs, t.forget(), t.close())
-		d.cat.did("forget an empty table")
+		if !d.spend(t) {
+			errs = append(errs, t.forget())
+			d.cat.did("forget an empty table")
+		}
+		errs = append(errs, d.closeUseless(t))
 	}
 	for _, w := range s.words {
 		d.freeSlot(w)

@@ -222,11 +222,17 @@ func (d *Device) recoverLayers(frozen map[uint64]*cbt.Frozen) error {
 	if err != nil {
 		return err
 	}
-	for n, l := range layers {
-		if n > 0 {
-			layers[n-1].newer.Store(l.layer)
-		}
+	for _, l := range layers {
 		d.nextLayer = l.layer.number + 1
+		if l.table.spent() {
+			if err := d.recoverSpent(l, frozen); err != nil {
+				return err
+			}
+			continue
+		}
+		if n := len(d.layers); n > 0 {
+			d.layers[n-1].newer.Store(l.layer)
+		}
 		d.layers = append(d.layers, l.layer)
 		if s := d.cat.found[l.snapshot]; s != nil {
 			l.commit()
@@ -255,6 +261,11 @@ func (d *Device) openLayers() ([]foundLayer, error) {
 	needed := 0 // up to here images are lost
 	for _, e := range list {
 		l, err := d.openEntered(e)
+		if e.spent || err == nil && l.table.spent() {
+			if l, err = d.openSpent(l, e, err); err != nil {
+				return nil, err
+			}
+		}
 		if err == nil && !l.committed() && d.cat.found[e.snapshot] == nil { // its snapshot did not come about
 			if err := errors.Join(l.table.forget(), l.table.close()); err != nil {
 				return nil, err
@@ -272,9 +283,12 @@ func (d *Device) openLayers() ([]foundLayer, error) {
 	}
 	// First the images, and then the layers: whenever this is cut off, no image is taken
 	// for whole that lacks one.
-	for n := range layers[:needed] {
+	for n, l := range layers[:needed] {
+		if l.layer != nil && l.table.spent() {
+			continue // its image was lost before
+		}
 		layers[n].lost = lost
-		if l := layers[n].layer; l != nil {
+		if l.layer != nil {
 			l.lose(lost)
 		}
 	}
@@ -282,10 +296,9 @@ func (d *Device) openLayers() ([]foundLayer, error) {
 		if l.layer != nil {
 			continue
 		}
-		if layers[n].layer, err = d.replaceLayer(l.entered); err != nil {
+		if layers[n].layer, err = d.replaceLayer(l.entered, lost); err != nil {
 			return nil, err
 		}
-		layers[n].layer.lose(lost)
 	}
 	return layers, d.removeStrays(layers)
 }
@@ -363,18 +376,23 @@ func (d *Device) openEntered(e entered) (*layer, error) {
 }
 
 // replaceLayer makes an empty layer in the place of one that is lost, so that its image
-// can be shown, as failed, also by later starts.
-func (d *Device) replaceLayer(e entered) (*layer, error) {
+// can be shown, as failed, also by later starts. It is entered only when it says so: else
+// a start could take it for one of which nothing was lost.
+func (d *Device) replaceLayer(e entered, why error) (*layer, error) {
 	if err := os.RemoveAll(layerPath(d.dir, layerName, e.number)); err != nil {
 		return nil, err
 	}
+	d.register.remove(e.at)
 	l, err := newLayer(d.dir, e.layerHeader)
 	if err != nil {
 		return nil, err
 	}
 	l.commit() // for all that is known
 	l.setCBT(e.cbt)
-	d.register.remove(e.at)
+	l.lose(why)
+	if e.spent {
+		l.table.setSpent()
+	}
 	if err := d.register.add(l); err != nil {
 		return nil, errors.Join(err, l.table.forget(), l.table.close())
 	}
@@ -442,6 +460,7 @@ func (d *Device) recoverImage(s *Snapshot, l foundLayer, frozen map[uint64]*cbt.
 	i := &Image{device: d, snapshot: s, size: h.size, layer: l.layer, frozen: frozen[number], gone: make(chan struct{})}
 	delete(frozen, number)
 	kind, reason := l.fault()
+	s.most = h.most
 	var err error
 	if h.writable && kind == faultNone && i.frozen != nil {
 		i.overlay, err = d.openOverlay(l.entered)
@@ -461,13 +480,13 @@ func (d *Device) recoverImage(s *Snapshot, l foundLayer, frozen map[uint64]*cbt.
 		i.noteFaultLocked(failed("what was written to it is lost: " + err.Error()))
 	default:
 		l.layer.image = i
-		s.most = h.most
 		d.addImageLocked(i) // nobody else is there yet
 		if l.rollback() {
 			d.rollback.Store(i)
 		}
 	}
 	if i.frozen != nil { // else there is nothing that a user could look at
+		l.table.image = i
 		s.images = append(s.images, i)
 		s.lost--
 	}

@@ -250,9 +250,6 @@ func (f facts) verify(t *testing.T, s *site) {
 		}
 		for k, d := range siteDevices {
 			i, ok := n.Image(d)
-			if !ok && f.lost[name] && n.State() != "ok" {
-				continue // lost, and forgotten over a restart
-			}
 			if !ok {
 				t.Errorf("after %q: %s@%s is gone", f.what, d, name)
 				continue

@@ -21,7 +21,8 @@
 //
 // Entry
 //
-//	     0     8  1: in use, stored last; else 0; changes
+//	     0     8  1: in use, stored last; 2: the layer is spent, so no image needs it;
+//	              else 0; changes
 //	     8     8  number of the image in the change tracking, known later than the
 //	              rest; changes
 //	    16    48  bytes 16 to 63 of the layer's header
@@ -56,11 +57,18 @@ const (
 	entrySum   = 64
 )
 
+// What entryUsed says of an entry that is in use.
+const (
+	entryInUse = 1
+	entrySpent = 2
+)
+
 // entered is what the register says of a layer.
 type entered struct {
 	layerHeader
-	cbt uint64
-	at  int64 // offset of the entry
+	cbt   uint64
+	spent bool
+	at    int64 // offset of the entry
 }
 
 // register is the register of one device; nil where nothing outlives the process.
@@ -143,7 +151,11 @@ func (r *register) add(l *layer) error {
 	l.header().put(b[entryConst:])
 	host.PutUint32(b[entrySum:], crc32.Checksum(b[entryConst:entrySum], crcTable))
 	wordAt(b, entryCBT).Store(l.cbt())
-	wordAt(b, entryUsed).Store(1)
+	used := uint64(entryInUse)
+	if l.table.spent() {
+		used = entrySpent
+	}
+	wordAt(b, entryUsed).Store(used)
 	l.table.register, l.table.entry = r, at
 	return nil
 }
@@ -164,6 +176,9 @@ func (r *register) freeLocked() (int64, error) {
 
 // remove takes an entry out.
 func (r *register) remove(at int64) { wordAt(r.entry(at), entryUsed).Store(0) }
+
+// spend notes that a layer is spent.
+func (r *register) spend(at int64) { wordAt(r.entry(at), entryUsed).Store(entrySpent) }
 
 // setCBT notes the image's number.
 func (r *register) setCBT(at int64, number uint64) { wordAt(r.entry(at), entryCBT).Store(number) }
@@ -190,11 +205,12 @@ func decodeEntry(b []byte) (e entered, used bool, err error) {
 	switch n := wordAt(b, entryUsed).Load(); {
 	case n == 0:
 		return e, false, nil
-	case n != 1 || host.Uint32(b[entrySum:]) != crc32.Checksum(b[entryConst:entrySum], crcTable):
+	case n > entrySpent || host.Uint32(b[entrySum:]) != crc32.Checksum(b[entryConst:entrySum], crcTable):
 		return e, false, fmt.Errorf("%w: an entry of the register of layers", ErrDamaged)
 	}
 	e.layerHeader = getLayerHeader(b[entryConst:])
 	e.cbt = wordAt(b, entryCBT).Load()
+	e.spent = wordAt(b, entryUsed).Load() == entrySpent
 	return e, true, nil
 }
 

@@ -166,7 +166,7 @@ func (d *Device) prepare(s *Snapshot, id uint64, o TakeOptions) (*prepared, erro
 	if err := d.enter(i); err != nil {
 		return nil, fmt.Errorf("%s: %w", d.name, err)
 	}
-	l.image = i
+	l.image, l.table.image = i, i
 	d.mu.Lock()
 	d.layers = slices.Grow(d.layers, 1)
 	d.images = slices.Grow(d.images, 1)

@@ -61,6 +61,7 @@ type table struct {
 
 	register *register // where a layer's is entered, nil where it is not
 	entry    int64
+	image    *Image // whose layer it is, if it has one that a start can show
 
 	mem    *memory
 	levels int // of nodes above the leaves

@@ -3,6 +3,7 @@
 package test
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"os"
@@ -246,5 +247,46 @@ func TestMaxStore(t *testing.T) {
 	}
 	if got := read(t, d.snapshot("w", "state")); got != "ok" {
 		t.Errorf("state of the image that was written to\n got %s\nwant ok", got)
+	}
+}
+
+// What has become of a lost snapshot is known after each restart, until it is destroyed,
+// and takes no space.
+func TestOverflowOutlivesTheDaemon(t *testing.T) {
+	needRoot(t)
+	const size, limit = 4 * miB, miB
+	dir := scratch(t)
+	origin := makeOrigin(t, dir, "vda", size)
+	args := []string{"--store", "file:" + dir + "/store:8MiB", origin}
+	d := serve(t, args...)
+	d.blksnap("snapshot", "create", "--max-store", fmt.Sprint(limit), "old")
+	if err := d.open("vda").writeAt(bytes.Repeat([]byte{1}, 2*limit), 0); err != nil {
+		t.Fatal(err)
+	}
+	for round := range 3 {
+		if round > 0 {
+			d.kill()
+			d.start(args...)
+		}
+		for _, path := range []string{d.snapshot("old", "state"), d.snapshot("old", "vda.state")} {
+			if got, want := read(t, path), "overflowed"; got != want {
+				t.Errorf("start %d: %s\n got %s\nwant %s", round, path, got, want)
+			}
+		}
+		if _, err := os.ReadFile(d.snapshot("old", "vda.img")); !errors.Is(err, syscall.EIO) {
+			t.Errorf("start %d: the image reads with error %v, want EIO", round, err)
+		}
+		if got := d.json("snapshot", "show", "old")[0]["max_store"]; got != float64(limit) {
+			t.Errorf("start %d: max_store\n got %v\nwant %d", round, got, limit)
+		}
+		if part := d.json("store", "list", "--json")[0]; part["used"] != 0.0 {
+			t.Errorf("start %d: there is %v in the snapstore, want nothing used", round, part)
+		}
+	}
+	destroy(t, d, "old")
+	d.kill()
+	d.start(args...)
+	if exists(d.snapshot("old")) {
+		t.Error("the destroyed snapshot is back")
 	}
 }

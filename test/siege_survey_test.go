@@ -184,10 +184,6 @@ func (s *siege) surveyLost(sn *taken, state string) error {
 		sn.lost = true
 		return nil
 	}
-	if (s.tight || sn.limited) && strings.HasSuffix(state, "lost before the last start") {
-		sn.lost = true
-		return nil
-	}
 	if state != "overflowed" || !s.tight && !sn.limited {
 		return fmt.Errorf("snapshot %s is %q", sn.name, state)
 	}
