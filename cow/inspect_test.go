@@ -164,10 +164,10 @@ func covered(rel string, b []byte, at int) bool {
 		return at < checkpointHeader
 	case name == "map":
 		return true
-	case strings.HasPrefix(name, "layer"), strings.HasPrefix(name, "overlay"):
-		return at < layerConstant
 	case name == registerName:
 		return at < registerHeader
+	case strings.HasPrefix(name, "layer"), strings.HasPrefix(name, "overlay"):
+		return at < layerConstant
 	}
 	return false
 }
