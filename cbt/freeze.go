@@ -124,7 +124,7 @@ func (m *Map) Resize(size int64) error {
 // startLocked begins the first interval of a generation.
 func (m *Map) startLocked(size int64, h history) {
 	m.epoch++
-	t := &tree{nodes: m.nodes, history: h, shift: m.shift, size: size, epoch: m.epoch, users: 1}
+	t := &tree{nodes: m.nodes, history: h, shift: m.shift, size: size, epoch: m.epoch, era: m.era.Load(), users: 1}
 	m.recordLocked(t)
 	m.switchLocked(t)
 }
@@ -132,7 +132,7 @@ func (m *Map) startLocked(size int64, h history) {
 // copyLocked returns a tree like t, with a use and a count of the root of its
 // own.
 func (m *Map) copyLocked(t *tree) *tree {
-	c := &tree{nodes: t.nodes, history: t.history, shift: t.shift, size: t.size, epoch: t.epoch, record: t.record, users: 1}
+	c := &tree{nodes: t.nodes, history: t.history, shift: t.shift, size: t.size, epoch: t.epoch, era: t.era, record: t.record, users: 1}
 	c.lost.Store(t.lost.Load())
 	if root := link(t.root.Load()); root != 0 {
 		m.counts[root.node()]++

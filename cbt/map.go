@@ -159,7 +159,16 @@ func (m *Map) mark(from, to int64, number uint64) {
 // Lost says that a mark is missing, because there was no memory for it. From
 // then on Since of this map, and of what is frozen from it, refuses every
 // question. Reset begins a generation that can be trusted.
-func (m *Map) Lost() bool { return m.live.Load().lost.Load() }
+func (m *Map) Lost() bool { return m.live.Load().isLost() }
+
+// Distrust says that what is in memory is lost: the map, what is frozen from it, and
+// views are Lost, and their maps say that everything changed. Like lost marks, that ends
+// with Reset. It comes before the memory is zeroed; then all goes on as before.
+func (m *Map) Distrust() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.era.Add(1)
+}
 
 // Facts are what a map is called and counts at one moment.
 type Facts struct {

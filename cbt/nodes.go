@@ -20,6 +20,9 @@ type nodes struct {
 	// period is the grace period that readers enter now.
 	period atomic.Pointer[grace]
 
+	// era is raised when memory was lost, with all trees of earlier eras.
+	era atomic.Uint64
+
 	// filling is set while a goroutine of fillers gets more memory.
 	filling atomic.Bool
 	fillers sync.WaitGroup

@@ -14,6 +14,7 @@ type tree struct {
 	size   int64  // of the device, in bytes
 	epoch  uint64 // nodes of this epoch are this tree's alone
 	record int64  // offset of its record
+	era    uint64 // of nodes, when its generation began
 	live   bool   // it is or was the live map's, and is not a frozen map's
 
 	// root is what the record's root is, for those who find the tree here. It
@@ -33,6 +34,12 @@ type tree struct {
 	// a count of its root while there are any.
 	users int
 }
+
+// isLost says that a mark is missing.
+func (t *tree) isLost() bool { return t.lost.Load() || t.gone() }
+
+// gone says that the memory was lost that the tree was in.
+func (t *tree) gone() bool { return t.era != t.nodes.era.Load() }
 
 // blocks is how many tracking blocks the device has.
 func (t *tree) blocks() int64 { return blocksOf(t.size, t.shift) }

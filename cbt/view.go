@@ -59,7 +59,10 @@ func (v *View) BlockSize() int64 { return 1 << v.t.shift }
 func (v *View) Blocks() int64 { return v.t.blocks() }
 
 // Lost says that a mark is missing, so that Since refuses every question.
-func (v *View) Lost() bool { return v.t.lost.Load() }
+func (v *View) Lost() bool { return v.t.isLost() }
+
+// Gone says that the memory of the view was lost (Map.Distrust).
+func (v *View) Gone() bool { return v.t.gone() }
 
 // ReadMap fills p with the map's bytes from off on, one for each tracking
 // block: the number of its last change less Base, 0 for none since. It returns
@@ -74,6 +77,11 @@ func (v *View) ReadMap(p []byte, off int64) int {
 		end := min(off+int64(len(p)), b|(1<<leafBits-1)+1)
 		v.t.readLeaf(p[b-off:end-off], b)
 		b = end
+	}
+	if v.Gone() {
+		for i := range p {
+			p[i] = byte(min(v.t.number-v.t.base, maxByte)) // all changed
+		}
 	}
 	return len(p)
 }

@@ -37,6 +37,9 @@ type Catalogue struct {
 	// the images when they are opened.
 	found map[uint64]*Snapshot
 
+	// replacing is held while memory that faulted is replaced.
+	replacing sync.Mutex
+
 	// step, if set, is called after each change of what a start would find: tests
 	// look there what a kill at that moment leaves.
 	step func(what string)
@@ -172,6 +175,9 @@ func (c *Catalogue) prepare(name string, note []byte, images int) (record, uint6
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if c.mem.lost.Load() {
+		return nil, 0, errCatalogue
+	}
 	if len(c.free) == 0 {
 		off := c.mem.Len()
 		if err := c.mem.Grow(memoryStep); err != nil {
@@ -183,9 +189,14 @@ func (c *Catalogue) prepare(name string, note []byte, images int) (record, uint6
 	}
 	r := c.free[len(c.free)-1]
 	c.free = c.free[:len(c.free)-1]
-	id := wordAt(c.mem.Bytes(), catalogueLastID).Add(1)
-	recordInfo{id, images, name, note}.encode(r)
-	r.setState(statePrepared)
+	var id uint64
+	if !c.guarded(func() {
+		id = wordAt(c.mem.Bytes(), catalogueLastID).Add(1)
+		recordInfo{id, images, name, note}.encode(r)
+		r.setState(statePrepared)
+	}) {
+		return nil, 0, errCatalogue
+	}
 	c.did("prepare a record")
 	return r, id, nil
 }
@@ -194,7 +205,7 @@ func (c *Catalogue) prepare(name string, note []byte, images int) (record, uint6
 func (c *Catalogue) release(r record) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	r.setState(stateFree)
+	c.guarded(func() { r.setState(stateFree) })
 	c.free = append(c.free, r)
 	c.did("free a record")
 }

@@ -19,7 +19,7 @@ type Tracking struct{ facts cbt.Facts }
 
 // Tracking says where the device's change tracking stands. Unlike Changes it takes no
 // lock and costs the device's writers nothing: scripts ask for the number every second.
-func (d *Device) Tracking() Tracking { return Tracking{d.changes.Facts()} }
+func (d *Device) Tracking() Tracking { return Tracking{d.changes().Facts()} }
 
 // MapSize is how many tracking blocks there are: the length of the map in bytes.
 func (t Tracking) MapSize() int64 { return t.facts.Blocks }
@@ -39,15 +39,16 @@ func (t Tracking) Base() uint64 { return t.facts.Base }
 // Changes is the change tracking of an image, or of a device as it was when it
 // was asked. Its methods may be called from many goroutines at once.
 type Changes struct {
-	view *cbt.View
-	runs func(off, n int64) iter.Seq2[Run, error]
+	device *Device
+	view   *cbt.View
+	runs   func(off, n int64) iter.Seq2[Run, error]
 }
 
 // Changes is the device's change tracking as of now.
-func (d *Device) Changes() *Changes { return &Changes{d.changes.View(), d.Runs} }
+func (d *Device) Changes() *Changes { return &Changes{d, d.changes().View(), d.Runs} }
 
 // Changes is the change tracking frozen at the image's instant.
-func (i *Image) Changes() *Changes { return &Changes{&i.frozen.View, i.Runs} }
+func (i *Image) Changes() *Changes { return &Changes{i.device, &i.frozen.View, i.Runs} }
 
 // MapSize is how many tracking blocks there are: the length of the map in bytes.
 func (c *Changes) MapSize() int64 { return c.view.Blocks() }
@@ -55,7 +56,10 @@ func (c *Changes) MapSize() int64 { return c.view.Blocks() }
 // ReadMap fills p with the map's bytes from off on, one for each tracking block:
 // the number of the snapshot interval in which it last changed, less Base; 0 for
 // no change since. It returns how many there were.
-func (c *Changes) ReadMap(p []byte, off int64) int { return c.view.ReadMap(p, off) }
+func (c *Changes) ReadMap(p []byte, off int64) (n int) {
+	c.device.always(func() { n = c.view.ReadMap(p, off) })
+	return n
+}
 
 // BlockSize is the size of a tracking block in bytes.
 func (c *Changes) BlockSize() int64 { return c.view.BlockSize() }
@@ -78,12 +82,19 @@ func (c *Changes) Since(num uint64) (iter.Seq2[Run, error], bool) {
 		return nil, false
 	}
 	return func(yield func(Run, error) bool) {
-		for off, n := range changed {
-			for r, err := range c.runs(off, n) {
-				if !yield(r, err) || err != nil {
-					return
+		all := false // of the runs were asked for
+		ended := c.device.guarded(func() {
+			for off, n := range changed {
+				for r, err := range c.runs(off, n) {
+					if !yield(r, err) || err != nil {
+						return
+					}
 				}
 			}
+			all = true
+		})
+		if !ended || all && c.view.Gone() {
+			yield(Run{}, errFaulted)
 		}
 	}, true
 }
@@ -114,7 +125,7 @@ func (d *Device) Mark(off, n int64) error {
 		return err
 	}
 	defer d.writers.leave(g)
-	d.changes.Mark(off, n)
+	d.mark(off, n)
 	return nil
 }
 
@@ -144,15 +155,20 @@ func (d *Device) Reset(why string) error {
 
 // newGeneration is Reset for those who have emptied the gate.
 func (d *Device) newGeneration(why string) {
-	d.changes.Reset(uuid.New())
+	if !d.renewMemory() {
+		d.always(func() { d.changes().Reset(uuid.New()) })
+	}
 	d.noteGeneration(why)
 }
 
 func (d *Device) noteGeneration(why string) {
-	text := fmt.Sprintf("new generation %s: %s; a full copy is due", d.changes.Generation(), why)
+	text := fmt.Sprintf("new generation %s: %s; a full copy is due", d.changes().Generation(), why)
 	d.cfg.Log.Warn("new generation", "text", text)
 	d.event(EventGeneration, "", text)
 }
+
+// changes is the device's change map.
+func (d *Device) changes() *cbt.Map { return d.tracked.Load() }
 
 // newChanges makes an empty map.
 func (d *Device) newChanges() error {
@@ -161,7 +177,10 @@ func (d *Device) newChanges() error {
 	if err != nil {
 		return err
 	}
-	d.changes, err = cbt.New(mem, d.Size(), block, uuid.New(), d.cfg.Number)
+	m, err := cbt.New(mem, d.Size(), block, uuid.New(), d.cfg.Number)
+	if err == nil {
+		d.tracked.Store(m)
+	}
 	return err
 }
 
@@ -174,6 +193,7 @@ func (d *Device) changesAt(block int64) (*memory, error) {
 		return nil, err
 	}
 	mem.closeWhenUnused()
+	d.mapMemory = mem
 	return mem, nil
 }
 

@@ -168,6 +168,9 @@ func writeRuns(w io.Writer, view *cbt.View) (int64, error) {
 			from, length = from+int64(m), length+16+int64(m)
 		}
 	}
+	if view.Gone() {
+		return 0, errFaulted // and some of it was zeroes
+	}
 	return length, nil
 }
 

@@ -100,8 +100,8 @@ type Device struct {
 	file    originFile
 	pool    *store.Pool
 	cfg     Config
-	serial  uint64 // devices of one snapshot are taken in this order
-	changes *cbt.Map
+	serial  uint64                  // devices of one snapshot are taken in this order
+	tracked atomic.Pointer[cbt.Map] // replaced while nobody is inside writers
 	flusher *flusher
 	copier  *copier
 	flights sync.Pool // of *flight
@@ -137,6 +137,8 @@ type Device struct {
 	// when our own writes may stamp the origin (durable.go).
 	durable atomic.Pointer[durable]
 	lease   *atomic.Int64
+	leased  atomic.Int64 // what lease holds, in memory that cannot fault
+	leasing sync.Mutex   // held while both are written
 
 	// leaseTimer, while the lease runs, calls tendLease, which was called last, or begun
 	// anew, at tended. stamping is how many change the origin outside the gate.
@@ -148,6 +150,7 @@ type Device struct {
 	untended   bool
 
 	leaseMemory *memory
+	mapMemory   *memory               // of the change map
 	register    *register             // of its layers; nil where it has no state
 	stateDir    string                // where durable is, empty where nothing outlives the machine
 	reason      atomic.Pointer[error] // why the generation must end, as yet
@@ -309,7 +312,7 @@ func (d *Device) find() (lost, err error) {
 			why = err
 		}
 	}
-	if d.changes == nil {
+	if d.changes() == nil {
 		lost = why
 		if errors.Is(why, errBlank) {
 			lost = errNew
@@ -333,7 +336,7 @@ func (d *Device) disown(why error) {
 	for _, i := range images {
 		d.breakImage(i, failed(why.Error()), why)
 	}
-	d.changes.Reset(uuid.New())
+	d.changes().Reset(uuid.New())
 }
 
 // path is where the device keeps a file in its run directory; empty where it keeps
@@ -347,7 +350,8 @@ func (d *Device) path(name string) string {
 
 // wipe forgets what is in the run directory.
 func (d *Device) wipe() error {
-	d.layers, d.images, d.nextLayer, d.changes = nil, nil, 0, nil
+	d.layers, d.images, d.nextLayer = nil, nil, 0
+	d.tracked.Store(nil)
 	d.rollback.Store(nil)
 	d.limits.Store(0)
 	if d.dir == "" {
@@ -393,7 +397,7 @@ func (d *Device) Close() error {
 	err := errors.Join(d.closeTables(), d.register.close())
 	d.copier.close()
 	err = errors.Join(err, d.closeDurable())
-	d.changes.Close()
+	d.changes().Close()
 	err = errors.Join(err, d.origin.Close())
 	if err != nil {
 		return fmt.Errorf("close %s: %w", d.name, err)

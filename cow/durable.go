@@ -18,6 +18,8 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+
+	"blksnap/cbt"
 )
 
 // checkpointEvery is how often the map is written down while it changes.
@@ -71,8 +73,8 @@ func (d *Device) checkpointInfo(clean bool) (checkpointInfo, error) {
 		return checkpointInfo{}, err
 	}
 	return checkpointInfo{
-		generation: d.changes.Generation(), number: d.changes.Number(), base: d.changes.Base(),
-		block: d.changes.BlockSize(), clean: clean, origin: id, boot: d.cat.boot,
+		generation: d.changes().Generation(), number: d.changes().Number(), base: d.changes().Base(),
+		block: d.changes().BlockSize(), clean: clean, origin: id, boot: d.cat.boot,
 	}, nil
 }
 
@@ -92,14 +94,14 @@ func (d *Device) checkpoint() error {
 	if err != nil {
 		return err
 	}
-	view := d.changes.View()
+	view := d.changes().View()
 	defer view.Release()
 	info.number, info.base, info.generation = view.Number(), view.Base(), view.Generation()
 	// The origin must not look older than its map says after a loss of power.
 	if err := d.flush(true); err != nil {
 		return err
 	}
-	if err := writeCheckpoint(d.cat.disk, d.mapPath(), info, view); err != nil {
+	if err := d.writeMap(info, view); err != nil {
 		return err
 	}
 	u.generation.Store(&info.generation)
@@ -109,6 +111,13 @@ func (d *Device) checkpoint() error {
 		err = fmt.Errorf("drop regions from the record: %w", err)
 		d.endDurable(u, err, time.Now().Add(d.cfg.PreserveLimit))
 	}
+	return err
+}
+
+// writeMap is writeCheckpoint of the device's map.
+func (d *Device) writeMap(info checkpointInfo, view *cbt.View) error {
+	err := errFaulted
+	d.guarded(func() { err = writeCheckpoint(d.cat.disk, d.mapPath(), info, view) })
 	return err
 }
 
@@ -122,7 +131,7 @@ func (d *Device) restartDurable() error {
 	if err := d.forgetMap(); err != nil {
 		return err
 	}
-	generation := d.changes.Generation()
+	generation := d.changes().Generation()
 	if ended, err := d.file.ended(); err == nil && ended == generation {
 		// A start found the map in the run directory, and goes on with it.
 		if err := d.stamp(func() error { return d.file.noteEnded(uuid.Nil) }); err != nil {
@@ -145,7 +154,7 @@ func (d *Device) restartDurable() error {
 
 // nextNumber is the highest number that the next snapshot may get: a new generation that
 // begins with it leaves one out.
-func (d *Device) nextNumber() uint64 { return d.changes.Number() + 2 }
+func (d *Device) nextNumber() uint64 { return d.changes().Number() + 2 }
 
 // closeDurable leaves the state of a clean end: nothing is written any more. That the
 // state cannot be written is no reason to call it another: what was recorded is still
@@ -154,7 +163,7 @@ func (d *Device) closeDurable() error {
 	err := d.leave()
 	id, ierr := d.file.identify(false)
 	if ierr == nil {
-		d.lease.Store(id.changed) // whatever comes later is not ours
+		d.always(func() { d.lease.Store(id.changed) }) // whatever comes later is not ours
 	}
 	return errors.Join(err, ierr)
 }
@@ -187,9 +196,9 @@ func (d *Device) writeLast(u *durable) error {
 	if err != nil {
 		return err
 	}
-	view := d.changes.View()
+	view := d.changes().View()
 	defer view.Release()
-	if err := writeCheckpoint(d.cat.disk, d.mapPath(), info, view); err != nil {
+	if err := d.writeMap(info, view); err != nil {
 		return err
 	}
 	u.regions.begin()

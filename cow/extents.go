@@ -89,7 +89,16 @@ func (i *Image) nextInOrigin(off int64) (hole bool, to int64, err error) {
 // data, and returns where it stopped: at the end, or after scanWindow chunks. Both
 // are multiples of a block but for the end of the image, or the origin's file
 // system has smaller blocks: then the block counts as data.
-func (i *Image) scanRun(off, end int64, hole bool, add func(off, end int64)) (int64, error) {
+func (i *Image) scanRun(off, end int64, hole bool, add func(off, end int64)) (to int64, err error) {
+	to = off
+	err = i.guarded(func() (err error) {
+		to, err = i.scanTables(off, end, hole, add)
+		return err
+	})
+	return to, err
+}
+
+func (i *Image) scanTables(off, end int64, hole bool, add func(off, end int64)) (int64, error) {
 	g, _ := i.device.readers.tryEnter()
 	defer i.device.readers.leave(g)
 	if err := i.Err(); err != nil {

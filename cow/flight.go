@@ -83,9 +83,13 @@ func (d *Device) tryPreserve(g pass, p []byte, off int64, taken func(rest func()
 	// Who had the locks before may have preserved the blocks.
 	err := error(nil)
 	if s := d.shield.Load(); s != nil {
-		f.look(s, off, int64(len(p)))
-		f.head = s.head().table
-		err = f.preserve()
+		if !d.guarded(func() {
+			f.look(s, off, int64(len(p)))
+			f.head = s.head().table
+			err = f.preserve()
+		}) {
+			err = syscall.EAGAIN
+		}
 	}
 	if err == errTaken {
 		return err
@@ -270,10 +274,12 @@ func (f *flight) rest() error {
 	d.copier.watch(f.io)
 	err := d.copier.await(f.io)
 	if err == nil {
-		d.publish(f.head, f.missing)
+		d.guarded(func() { d.publish(f.head, f.missing) })
 	} else {
 		f.undo(err)
-		err = f.elsewhere(err)
+		if broken := err; !d.guarded(func() { err = f.elsewhere(broken) }) {
+			err = nil // no image needs it any more
+		}
 	}
 	d.chunkLocks.unlock(chunkRange(f.off, n))
 	if err != nil { // a full store, and the write may wait for space, outside the gate

@@ -147,14 +147,14 @@ func servedAs(mem *memory) error {
 // noteSize notes the origin's new size where a killed process leaves it.
 func (d *Device) noteSize(size int64) {
 	d.renewLease(time.Now().UnixNano())
-	wordAt(d.leaseMemory.Bytes(), resizedAt).Store(uint64(size))
+	d.always(func() { wordAt(d.leaseMemory.Bytes(), resizedAt).Store(uint64(size)) })
 	d.noteCut(0)
 	d.cat.did("note a new size")
 }
 
 // noteCut notes that the origin is being cut to size; 0: that it is not.
 func (d *Device) noteCut(size int64) {
-	wordAt(d.leaseMemory.Bytes(), cutToAt).Store(uint64(size))
+	d.always(func() { wordAt(d.leaseMemory.Bytes(), cutToAt).Store(uint64(size)) })
 }
 
 // beginLease writes who the origin is to mem, and lets the lease begin.

@@ -5,7 +5,6 @@ package cow
 import (
 	"fmt"
 	"io"
-	"strings"
 	"sync/atomic"
 	"syscall"
 
@@ -145,13 +144,18 @@ func (i *Image) end(f *fault) bool {
 		return false
 	}
 	i.noteFaultLocked(f)
+	if i.fault.Load() != f {
+		return false // memory faulted: all images are lost
+	}
 	i.device.retireImageLocked(i)
 	return true
 }
 
 func (i *Image) noteFaultLocked(f *fault) {
 	if f.kind != faultNone {
-		i.layer.setFault(f.kind, strings.TrimPrefix(f.state, "failed: "))
+		if !i.device.guardedLocked(func() { i.layer.setFault(f.kind, f.reason()) }) {
+			return
+		}
 		i.device.cat.did("note a fault")
 	}
 	i.fault.Store(f)
@@ -163,6 +167,6 @@ func (i *Image) destroy() {
 		i.bury()
 	}
 	close(i.gone)
-	i.frozen.Release()
+	i.device.always(i.frozen.Release)
 	i.device.cat.did("release a frozen map")
 }

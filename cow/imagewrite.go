@@ -111,7 +111,7 @@ func (i *Image) amendWindow(off, n int64, f func(off, n int64) error) error {
 	if err := i.Err(); err != nil {
 		return err
 	}
-	return f(off, n)
+	return i.guarded(func() error { return f(off, n) })
 }
 
 // mark notes that [off, off+n) of the image changes: a backup of it may hold other
@@ -137,7 +137,7 @@ func (i *Image) mark(off, n int64) error {
 			j.frozen.Mark(off, n, own+1) // where that is too much its own number counts
 		}
 	}
-	d.changes.MarkAt(off, n, own+1)
+	d.changes().MarkAt(off, n, own+1)
 	return nil
 }
 

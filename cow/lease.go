@@ -33,13 +33,17 @@ const (
 // renewLease lets our own writes stamp the origin for a while. The caller is inside the
 // gate, or counts among stamping, until it has stamped it.
 func (d *Device) renewLease(now int64) {
-	if d.lease.Load() < now+int64(runLease/2) {
+	if d.leased.Load() < now+int64(runLease/2) {
 		d.prolongLease(now)
 	}
 }
 
 func (d *Device) prolongLease(now int64) {
-	d.lease.Store(now + int64(runLease))
+	d.leasing.Lock()
+	defer d.leasing.Unlock()
+	until := now + int64(runLease)
+	d.always(func() { d.lease.Store(until) })
+	d.leased.Store(until)
 	d.tended.Store(now)
 	d.leaseTimer.Reset(leaseTick)
 }
@@ -49,7 +53,7 @@ func (d *Device) tendLease() {
 	d.tending.Lock()
 	defer d.tending.Unlock()
 	now := time.Now().UnixNano()
-	until, last := d.lease.Load(), d.tended.Swap(now)
+	until, last := d.leased.Load(), d.tended.Swap(now)
 	switch {
 	case d.untended: // Close ends the lease
 	case d.writers.occupied() || d.stamping.Load() > 0:

@@ -111,11 +111,13 @@ func (d *Device) chargeFolded(older *table, c chunkNo, mask uint16) []charge {
 		return nil
 	}
 	for {
-		d.mu.Lock()
-		list, err := d.chargeAllLocked(func(i *Image) int64 {
-			return int64(bits.OnesCount16(d.lacksLocked(i, older, c, mask)))
-		})
-		d.mu.Unlock()
+		list, err := func() ([]charge, error) {
+			d.mu.Lock()
+			defer d.mu.Unlock() // also where memory faults
+			return d.chargeAllLocked(func(i *Image) int64 {
+				return int64(bits.OnesCount16(d.lacksLocked(i, older, c, mask)))
+			})
+		}()
 		if err == nil {
 			return list
 		}

@@ -27,6 +27,12 @@ type memory struct {
 	reserved []byte
 	n        atomic.Int64 // allocated bytes
 	file     *os.File     // nil: anonymous
+
+	// lost is set when it faulted: what it holds is not in the file any more, and it
+	// grows without it. replaced is how many bytes cannot fault any more; protected
+	// by the user's lock (mapfault.go).
+	lost     atomic.Bool
+	replaced int64
 }
 
 // memoryStep is the unit in which memory grows.
@@ -62,6 +68,7 @@ func mapFile(path string, max int64) (*memory, error) {
 		return nil, err
 	}
 	m.file = f
+	m.mapped()
 	if size > 0 {
 		if err := m.Grow(size); err != nil {
 			m.Close()
@@ -105,7 +112,7 @@ func (m *memory) Grow(n int64) error {
 
 // back puts something behind the reserved addresses [from, to).
 func (m *memory) back(from, to int64) error {
-	if m.file == nil {
+	if m.file == nil || m.lost.Load() {
 		return unix.Mprotect(m.reserved[from:to], unix.PROT_READ|unix.PROT_WRITE)
 	}
 	// A hole in the file would be filled at the first touch, or kill us then.
@@ -160,6 +167,7 @@ func (m *memory) Close() error {
 	if b == nil {
 		return nil
 	}
+	unmapped(b)
 	err := unix.Munmap(b)
 	if f != nil {
 		err = errors.Join(err, f.Close())
@@ -171,6 +179,7 @@ func (m *memory) Close() error {
 func (m *memory) closeWhenUnused() {
 	f := m.file
 	runtime.AddCleanup(m, func(b []byte) {
+		unmapped(b)
 		unix.Munmap(b)
 		if f != nil {
 			f.Close()

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"syscall"
 
 	"blksnap/store"
@@ -28,6 +29,9 @@ func failed(reason string) *fault {
 	return &fault{faultFailed, fmt.Errorf("%w: %s", ErrFailed, reason), "failed: " + reason}
 }
 
+// reason is what the image's layer notes.
+func (f *fault) reason() string { return strings.TrimPrefix(f.state, "failed: ") }
+
 // lose breaks exactly the images that needed the blocks mask of chunk c, which
 // could not be preserved because of err: those that reach as far as a block and
 // are newer than the newest layer that holds it. The caller holds the chunk's lock,
@@ -37,18 +41,22 @@ func (d *Device) lose(c chunkNo, mask uint16, err error) {
 	if errors.Is(err, store.ErrFull) || errors.Is(err, syscall.ENOSPC) {
 		f = overflowed
 	}
+	for _, i := range d.needing(c, mask) {
+		d.breakImage(i, f, err)
+	}
+}
+
+// needing is lose's list of images.
+func (d *Device) needing(c chunkNo, mask uint16) (list []*Image) {
 	d.mu.Lock()
-	var lost []*Image
+	defer d.mu.Unlock() // also where memory faults
 	for _, l := range slices.Backward(d.layers) {
 		mask &^= l.table.load(c).mask()
 		if l.image != nil && mask&^c.beyond(l.image.size) != 0 {
-			lost = append(lost, l.image)
+			list = append(list, l.image)
 		}
 	}
-	d.mu.Unlock()
-	for _, i := range lost {
-		d.breakImage(i, f, err)
-	}
+	return list
 }
 
 // breakImage ends an image that is lost and tells about it, once.
@@ -60,6 +68,10 @@ func (d *Device) breakImage(i *Image, f *fault, err error) {
 	if f == overflowed {
 		kind = EventSnapshotOverflowed
 	}
+	d.tellBroken(i, kind, err)
+}
+
+func (d *Device) tellBroken(i *Image, kind string, err error) {
 	d.cfg.Log.Error("snapshot lost", "snapshot", i.snapshot.name, "err", err)
 	d.event(kind, i.snapshot.name, err.Error())
 }

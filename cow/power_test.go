@@ -575,7 +575,7 @@ func (l *powerLife) onDisk(no int64) uint64 {
 // checkIncrement looks whether the next increment makes a backup what the origin is.
 func (l *powerLife) checkIncrement(b *backup, generation string) {
 	l.t.Helper()
-	view := l.dev.changes.View()
+	view := l.dev.changes().View()
 	defer view.Release()
 	since, ok := view.Since(b.number)
 	if !ok {

@@ -67,7 +67,9 @@ var lookups = sync.Pool{New: func() any { return new(lookup) }}
 // Read fills p with the image's bytes from off on, which lie within Size. It
 // fails where the image is destroyed or lost, also if that happens meanwhile, and
 // where the origin or the snapstore fails.
-func (i *Image) Read(p []byte, off int64) error { return i.readThrough(i.overlay, p, off) }
+func (i *Image) Read(p []byte, off int64) error {
+	return i.guarded(func() error { return i.readThrough(i.overlay, p, off) })
+}
 
 // readThrough is Read with the given overlay; without one it reads what the device
 // held at the instant.

@@ -20,7 +20,7 @@ import (
 // reopenDurable goes on with the record of a predecessor in the same boot, whose map is
 // the device's already.
 func (d *Device) reopenDurable() error {
-	generation := d.changes.Generation()
+	generation := d.changes().Generation()
 	if ended, err := d.file.ended(); err == nil && ended == generation {
 		return errEnded
 	}
@@ -115,12 +115,14 @@ func (d *Device) recoverMap(c *checkpointFile, r *regions) error {
 		return err
 	}
 	number := max(c.number, r.state.number)
-	if d.changes, err = c.load(mem, number); err != nil {
+	m, err := c.load(mem, number)
+	if err != nil {
 		return err
 	}
+	d.tracked.Store(m)
 	for i := range r.n {
 		if hasBit(r.recorded, i) {
-			d.changes.Mark(i<<regionShift, 1<<regionShift)
+			d.changes().Mark(i<<regionShift, 1<<regionShift)
 		}
 	}
 	return nil

@@ -167,9 +167,12 @@ func (d *Device) reclaimRound() bool {
 	d.layers = slices.Delete(d.layers, 0, useless)
 	d.mu.Unlock()
 
-	d.foldAll(&s)
-	d.dropUnwanted(unwanted, &s)
-	d.pruneHead(&s)
+	// Where memory faults nothing is left to do: no image needs any layer.
+	d.guarded(func() {
+		d.foldAll(&s)
+		d.dropUnwanted(unwanted, &s)
+		d.pruneHead(&s)
+	})
 	if !d.giveUp(&s) {
 		d.keep(s)
 		return false
@@ -208,26 +211,38 @@ func (d *Device) free(s *scrap) error {
 		d.pool.Shrink(w.slot(), w.mask())
 	}
 	for _, t := range s.tables {
-		if !d.spend(t) {
-			errs = append(errs, t.forget())
-			d.cat.did("forget a table")
-		}
-		for _, w := range t.from(0) {
-			d.freeSlot(w)
-		}
+		errs = append(errs, d.dispose(t, "forget a table"))
+		d.guarded(func() {
+			for _, w := range t.from(0) {
+				d.freeSlot(w)
+			}
+		})
 		errs = append(errs, d.closeUseless(t))
 	}
 	for _, t := range s.empty {
-		if !d.spend(t) {
-			errs = append(errs, t.forget())
-			d.cat.did("forget an empty table")
-		}
-		errs = append(errs, d.closeUseless(t))
+		errs = append(errs, d.dispose(t, "forget an empty table"), d.closeUseless(t))
 	}
 	for _, w := range s.words {
 		d.freeSlot(w)
 	}
 	return errors.Join(errs...)
+}
+
+// dispose spends a table, or else forgets it, which is the step that is called so.
+func (d *Device) dispose(t *table, forgotten string) error {
+	if d.spend(t) {
+		return nil
+	}
+	err := d.forget(t)
+	d.cat.did(forgotten)
+	return err
+}
+
+// forget is forget of one of the device's tables. What faults holds nothing any more, for
+// a start either.
+func (d *Device) forget(t *table) (err error) {
+	d.always(func() { err = t.forget() })
+	return err
 }
 
 // freeSlot gives the slot of a word back, if it has one. A slot that a write
@@ -287,10 +302,15 @@ func (d *Device) pruneHead(s *scrap) {
 	head := sh.head().table
 	older := shield{sh.layers[:len(sh.layers)-1], sh.end}
 	for c := range head.from(0) {
-		d.chunkLocks.lock(c, c)
-		d.takeFromHead(head, c, older.mask(c), s)
-		d.chunkLocks.unlock(c, c)
+		d.locking(c, func() { d.takeFromHead(head, c, older.mask(c), s) })
 	}
+}
+
+// locking calls f with the chunk's lock held.
+func (d *Device) locking(c chunkNo, f func()) {
+	d.chunkLocks.lock(c, c)
+	defer d.chunkLocks.unlock(c, c) // also where memory faults
+	f()
 }
 
 // dropUnwanted takes additions out of the head.
@@ -300,9 +320,9 @@ func (d *Device) dropUnwanted(added []addition, s *scrap) {
 		return // what is left of the head goes as a whole
 	}
 	for _, a := range added {
-		d.chunkLocks.lock(a.chunk, a.chunk)
-		d.refundTaken(a.chunk, d.takeFromHead(sh.head().table, a.chunk, a.mask, s))
-		d.chunkLocks.unlock(a.chunk, a.chunk)
+		d.locking(a.chunk, func() {
+			d.refundTaken(a.chunk, d.takeFromHead(sh.head().table, a.chunk, a.mask, s))
+		})
 	}
 }
 

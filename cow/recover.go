@@ -194,7 +194,7 @@ func (d *Device) recoverChanges(noted int64) (map[uint64]*cbt.Frozen, error) {
 	if m.Lost() {
 		return nil, errors.New("there was no memory for a mark")
 	}
-	d.changes = m
+	d.tracked.Store(m)
 	frozen := make(map[uint64]*cbt.Frozen)
 	for _, f := range list {
 		frozen[f.Number()] = f

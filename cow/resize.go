@@ -115,12 +115,12 @@ func (d *Device) holdSize() (release func(), err error) {
 // grow makes the device larger. The caller holds the size.
 func (d *Device) grow(size int64) error {
 	// Everything new is marked before anybody can write to it.
-	if err := d.changes.Resize(size); err != nil {
+	if err := d.resizeChanges(size); err != nil {
 		return err
 	}
 	err := d.setSize(size, func() error { return nil })
 	if err != nil {
-		err = errors.Join(err, d.changes.Resize(d.Size()))
+		err = errors.Join(err, d.resizeChanges(d.Size()))
 	}
 	return err
 }
@@ -142,7 +142,12 @@ func (d *Device) cut(size int64, truncate func() error) error {
 		return err
 	}
 	d.loseCut(size, math.MaxInt64)
-	return d.changes.Resize(size)
+	return d.resizeChanges(size)
+}
+
+func (d *Device) resizeChanges(size int64) (err error) {
+	d.always(func() { err = d.changes().Resize(size) })
+	return err
 }
 
 // setSize publishes the size, after f succeeded with nobody inside the gate.
@@ -227,6 +232,8 @@ func (i *Image) find(l *lookup, places []place, off, n int64) error {
 		return err
 	}
 	l.chain = i.chain(nil, l.chain[:0])
-	locate(l.chain, places, off, n)
-	return nil
+	return i.guarded(func() error {
+		locate(l.chain, places, off, n)
+		return i.Err()
+	})
 }

@@ -103,6 +103,7 @@ func TestResizeOverRestart(t *testing.T) {
 			}
 			generation := c.prepare(h)
 			h.dev.lease.Store(0)
+			h.dev.leased.Store(0)
 			if err := c.change(h); err != nil {
 				t.Fatal(err)
 			}
@@ -199,7 +200,7 @@ func TestKilledInSecondResize(t *testing.T) {
 		t.Fatal(err)
 	}
 	h.take("s")
-	if err := errors.Join(os.Truncate(file, 3<<20), h.dev.changes.Resize(3<<20)); err != nil {
+	if err := errors.Join(os.Truncate(file, 3<<20), h.dev.changes().Resize(3<<20)); err != nil {
 		t.Fatal(err)
 	}
 	h.close()

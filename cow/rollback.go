@@ -164,10 +164,10 @@ func (i *Image) pend() error {
 // (retireImageLocked), so the layer of the one that is cannot have gone.
 func (d *Device) setRollbackLocked(to *Image) {
 	if was := d.rollback.Swap(to); was != nil {
-		was.layer.setRollback(0)
+		d.guardedLocked(func() { was.layer.setRollback(0) })
 	}
 	if to != nil {
-		to.layer.setRollback(1)
+		d.guardedLocked(func() { to.layer.setRollback(1) }) // or it has ended
 	}
 	d.cat.did("note a rollback")
 }
@@ -257,7 +257,9 @@ func (d *Device) withShield(f func(*shield) error) error {
 	}
 	defer d.writers.leave(g)
 	if s := d.shield.Load(); s != nil {
-		return f(s)
+		err := errFaulted
+		d.guarded(func() { err = f(s) })
+		return err
 	}
 	return nil
 }
@@ -286,7 +288,7 @@ func (i *Image) writeBack() error {
 		}
 		if r.Zero {
 			err = d.zero(r.Off, r.N, zeroFlags{}, i)
-		} else if err = i.readThrough(nil, b.buffer(r.N), r.Off); err == nil {
+		} else if err = i.guarded(func() error { return i.readThrough(nil, b.buffer(r.N), r.Off) }); err == nil {
 			err = d.write(b.buffer(r.N), r.Off, i)
 		}
 		if err != nil {
@@ -330,6 +332,14 @@ func (i *Image) preservedRuns() iter.Seq2[Run, error] {
 // nextPreserved finds the places of the window that begins with the first chunk from
 // off on that a layer has a word for; where there is none, it begins at the end.
 func (i *Image) nextPreserved(l *lookup, off int64) (at int64, places []place, err error) {
+	err = i.guarded(func() (err error) {
+		at, places, err = i.nextInLayers(l, off)
+		return cmp.Or(err, i.Err()) // what was found may have been zeroes by then
+	})
+	return at, places, err
+}
+
+func (i *Image) nextInLayers(l *lookup, off int64) (at int64, places []place, err error) {
 	if i.device.stopped() {
 		return 0, nil, ErrStopping
 	}

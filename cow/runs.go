@@ -135,7 +135,15 @@ func (i *Image) written(off, end int64) iter.Seq2[Run, error] {
 
 // nextWritten returns the first chunk from c on that the overlay has a word for; the
 // one after the image's last, and no word, where none follows.
-func (i *Image) nextWritten(c chunkNo) (chunkNo, word, error) {
+func (i *Image) nextWritten(c chunkNo) (at chunkNo, w word, err error) {
+	err = i.guarded(func() (err error) {
+		at, w, err = i.nextInOverlay(c)
+		return err
+	})
+	return at, w, err
+}
+
+func (i *Image) nextInOverlay(c chunkNo) (chunkNo, word, error) {
 	g, _ := i.device.readers.tryEnter()
 	defer i.device.readers.leave(g)
 	if err := i.Err(); err != nil {

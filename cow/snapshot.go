@@ -112,7 +112,7 @@ func (c *Catalogue) take(name string, devices []*Device, o TakeOptions) (*Snapsh
 	s := &Snapshot{catalogue: c, record: r, name: name, note: o.Note, most: o.MaxStore / blockSize}
 	preps := make([]*prepared, 0, len(devices))
 	for _, d := range devices {
-		p, err := d.prepare(s, id, o)
+		p, err := d.prepareGuarded(s, id, o)
 		if err != nil {
 			return nil, errors.Join(err, s.discard(preps))
 		}
@@ -122,7 +122,7 @@ func (c *Catalogue) take(name string, devices []*Device, o TakeOptions) (*Snapsh
 		return nil, errors.Join(err, s.discard(preps))
 	}
 	for _, p := range preps {
-		p.layer.commit()
+		p.device.guarded(p.layer.commit)
 		c.did("commit a layer")
 		s.images = append(s.images, p.image)
 	}
@@ -134,6 +134,13 @@ func (s *Snapshot) sortImages() {
 	slices.SortFunc(s.images, func(a, b *Image) int { return cmp.Compare(a.device.name, b.device.name) })
 }
 
+// prepareGuarded is prepare. It fails where memory faults.
+func (d *Device) prepareGuarded(s *Snapshot, id uint64, o TakeOptions) (p *prepared, err error) {
+	err = fmt.Errorf("%s: %w", d.name, errFaulted)
+	d.guarded(func() { p, err = d.prepare(s, id, o) })
+	return p, err
+}
+
 // prepare makes everything that the instant needs, so that nothing is allocated
 // and nothing can fail while writes wait.
 func (d *Device) prepare(s *Snapshot, id uint64, o TakeOptions) (*prepared, error) {
@@ -143,7 +150,7 @@ func (d *Device) prepare(s *Snapshot, id uint64, o TakeOptions) (*prepared, erro
 	if d.rollback.Load() != nil {
 		return nil, fmt.Errorf("%s: %w", d.name, ErrRollback)
 	}
-	if err := d.changes.Prepare(); err != nil {
+	if err := d.changes().Prepare(); err != nil {
 		return nil, fmt.Errorf("%s: %w", d.name, err)
 	}
 	if u := d.durable.Load(); u != nil {
@@ -193,11 +200,11 @@ func (s *Snapshot) discard(preps []*prepared) error {
 	var errs []error
 	for _, p := range preps {
 		if p.image.frozen != nil {
-			p.image.frozen.Release()
+			p.device.always(p.image.frozen.Release)
 		}
-		errs = append(errs, p.layer.table.forget(), p.layer.table.close())
+		errs = append(errs, p.device.forget(p.layer.table), p.layer.table.close())
 		if o := p.image.overlay; o != nil {
-			errs = append(errs, o.table.forget(), o.table.close())
+			errs = append(errs, p.device.forget(o.table), o.table.close())
 		}
 	}
 	s.catalogue.release(s.record)
@@ -216,7 +223,7 @@ func (s *Snapshot) instant(preps []*prepared, limit time.Duration) error {
 			p.device.writers.open()
 		}
 		s.held = time.Since(start)
-		s.record.setHeld(s.held)
+		s.catalogue.guarded(func() { s.record.setHeld(s.held) })
 	}()
 	deadline := start.Add(limit)
 	for _, p := range preps {
@@ -226,12 +233,18 @@ func (s *Snapshot) instant(preps []*prepared, limit time.Duration) error {
 	}
 	s.created = time.Now()
 	for _, p := range preps {
-		if err := p.freeze(); err != nil {
+		err := errFaulted
+		p.device.guarded(func() { err = p.freeze() })
+		if err != nil {
 			return fmt.Errorf("%s: %w", p.device.name, err)
 		}
 	}
-	s.record.setTaken(s.created)
-	s.record.setState(stateLive) // now it is a snapshot, of all devices
+	if !s.catalogue.guarded(func() {
+		s.record.setTaken(s.created)
+		s.record.setState(stateLive) // now it is a snapshot, of all devices
+	}) {
+		return errCatalogue
+	}
 	s.catalogue.did("make a snapshot live")
 	for _, p := range preps {
 		p.commit()
@@ -242,11 +255,11 @@ func (s *Snapshot) instant(preps []*prepared, limit time.Duration) error {
 // freeze freezes the change map. Nobody is inside the gate.
 func (p *prepared) freeze() (err error) {
 	d := p.device
-	if d.changes.Lost() {
+	if d.changes().Lost() {
 		d.newGeneration("no memory for the change map")
 		d.poke()
 	}
-	if p.image.frozen, err = d.changes.Freeze(); err != nil {
+	if p.image.frozen, err = d.changes().Freeze(); err != nil {
 		return err
 	}
 	p.layer.setCBT(p.image.frozen.Number())
@@ -350,7 +363,7 @@ func (s *Snapshot) Destroy(force bool) error {
 
 // end destroys the images. From the first store on, a start would finish it.
 func (s *Snapshot) end() {
-	s.record.setState(stateDying)
+	s.catalogue.guarded(func() { s.record.setState(stateDying) })
 	s.catalogue.did("let a snapshot die")
 	for _, i := range s.images {
 		i.destroy()

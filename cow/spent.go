@@ -43,7 +43,9 @@ func (d *Device) spend(t *table) bool {
 	if t.image.fault.Load() == destroyed {
 		return false
 	}
-	t.setSpent()
+	if !d.guardedLocked(t.setSpent) {
+		return false
+	}
 	t.image.spent = true
 	d.cat.did("spend a layer")
 	return true
@@ -51,7 +53,9 @@ func (d *Device) spend(t *table) bool {
 
 // closeUseless closes a table that was spent or forgotten.
 func (d *Device) closeUseless(t *table) (err error) {
-	if t.path != "" && t.spent() {
+	spent := false
+	d.guarded(func() { spent = t.path != "" && t.spent() })
+	if spent {
 		err = t.cut()
 		d.cat.did("cut a spent layer")
 	}
@@ -69,7 +73,9 @@ func (i *Image) bury() {
 		return
 	}
 	// In this order: a file that is not entered is nobody's.
-	d.register.remove(i.layer.table.entry)
+	if t := i.layer.table; t.register != nil { // which may be one that was lost
+		d.guardedLocked(func() { t.register.remove(t.entry) })
+	}
 	d.cat.did("take a spent layer from the register")
 	if err := os.Remove(i.layer.table.path); err != nil {
 		d.cfg.Log.Warn("cannot remove what is left of a lost snapshot", "snapshot", i.snapshot.name, "err", err)

@@ -125,7 +125,11 @@ func (t *table) load(c chunkNo) word {
 // store publishes the word of c, whose place a call of reserve has made. The
 // caller holds the chunk's lock, or is the only one who changes this table.
 func (t *table) store(c chunkNo, w word) {
-	atomic.StoreUint64(t.find(c), uint64(w.checked(c)))
+	p := t.find(c)
+	if p == nil && t.mem.lost.Load() {
+		return // what was reserved is gone, with all that was preserved
+	}
+	atomic.StoreUint64(p, uint64(w.checked(c)))
 }
 
 // checkBits are the bits of a stored word that say whether the others are what was
@@ -177,8 +181,9 @@ func (t *table) bytes() int64 { return t.mem.Len() }
 // slot in two tables and give it to the wrong one. First it goes from the register: else
 // a start would miss it.
 func (t *table) forget() error {
-	if t.register != nil {
-		t.register.remove(t.entry)
+	if r := t.register; r != nil {
+		t.register = nil // the entry is somebody else's soon, also for who tries again
+		r.remove(t.entry)
 	}
 	wordAt(t.header(), 0).Store(0)
 	if t.path == "" {

@@ -89,7 +89,7 @@ func (i *Image) beginTear() error {
 	if d.tear.Load() != nil {
 		return nil
 	}
-	t := &tear{d.changes.Number(), i.snapshot.name}
+	t := &tear{d.changes().Number(), i.snapshot.name}
 	if err := d.noteTear(t); err != nil {
 		return fmt.Errorf("note the rollback: %w", err)
 	}

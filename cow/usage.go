@@ -10,7 +10,12 @@ import (
 // Holds is how many bytes of the snapstore would come back if only this image were
 // destroyed: what it finds in its own layer and no older image would need there,
 // and what was written to it. It is 0 once the image is destroyed or lost.
-func (i *Image) Holds() int64 {
+func (i *Image) Holds() (n int64) {
+	i.device.always(func() { n = i.holds() })
+	return n
+}
+
+func (i *Image) holds() int64 {
 	g, _ := i.device.readers.tryEnter()
 	defer i.device.readers.leave(g)
 	own, older := i.ownLayer()
@@ -42,7 +47,12 @@ func preservedFor(own *layer, older *shield) int64 {
 
 // Shares is how many bytes of the snapstore the image reads that would stay
 // without it, because other images need them.
-func (i *Image) Shares() int64 {
+func (i *Image) Shares() (n int64) {
+	i.device.always(func() { n = i.shares() })
+	return n
+}
+
+func (i *Image) shares() int64 {
 	g, _ := i.device.readers.tryEnter()
 	defer i.device.readers.leave(g)
 	own, older := i.ownLayer()

@@ -71,11 +71,15 @@ func (d *Device) tryWrite(g pass, p []byte, off int64, taken func(rest func() er
 	if d.refuse("write", off, n, nil) != nil || !d.covered(off, n) {
 		return syscall.EAGAIN
 	}
-	shielded := d.shielded(off, n)
-	if !shielded && (taken == nil || !canFly(off, n)) {
+	shielded, ok := false, false
+	if !d.guarded(func() {
+		shielded = d.shielded(off, n)
+		if ok = shielded || taken != nil && canFly(off, n); ok {
+			d.changes().Mark(off, n)
+		}
+	}) || !ok {
 		return syscall.EAGAIN
 	}
-	d.changes.Mark(off, n)
 	if !shielded {
 		if err := d.tryPreserve(g, p, off, taken); err != nil {
 			return err
@@ -177,7 +181,8 @@ func (d *Device) trim(off, n int64) error {
 	// Runs of whole blocks that are preserved, joined across chunks.
 	var from, to int64
 	for sp := range spans(off, n) {
-		whole := sp.wholeMask(d.Size()) & s.mask(sp.chunk)
+		var whole uint16 // none, where memory faults
+		d.guarded(func() { whole = sp.wholeMask(d.Size()) & s.mask(sp.chunk) })
 		for first, blocks := range runs(whole) {
 			at := sp.chunk.off() + int64(first)<<blockShift
 			if at != to {
@@ -198,7 +203,7 @@ func (d *Device) punch(off, n int64) error {
 	if n <= 0 {
 		return nil
 	}
-	d.changes.Mark(off, n)
+	d.mark(off, n)
 	err := d.file.zero(off, n, true)
 	if err != nil && !errors.Is(err, syscall.EOPNOTSUPP) {
 		return d.originError("trim", off, err)
@@ -232,8 +237,12 @@ func (d *Device) admit(off, n int64, to *Image) (pass, error) {
 			d.writers.leave(g)
 			return 0, err
 		}
-		d.changes.Mark(off, n)
-		if d.shielded(off, n) {
+		var shielded bool
+		d.always(func() {
+			d.changes().Mark(off, n)
+			shielded = d.shielded(off, n)
+		})
+		if shielded {
 			return g, nil
 		}
 		f := loseImages
@@ -241,7 +250,7 @@ func (d *Device) admit(off, n int64, to *Image) (pass, error) {
 			f = waitIfFull
 		}
 		freed := d.pool.Freed()
-		if d.preserve(off, n, f) == nil {
+		if d.preserveGuarded(off, n, f) == nil {
 			return g, nil
 		}
 		// Waiting inside the gate would hold up every snapshot.
@@ -251,6 +260,19 @@ func (d *Device) admit(off, n int64, to *Image) (pass, error) {
 		}
 		d.waitForSpace(freed, full.Add(d.cfg.StoreWait))
 	}
+}
+
+// preserveGuarded is preserve. Where memory faults no image needs anything any more.
+func (d *Device) preserveGuarded(off, n int64, f onFailure) (err error) {
+	if !d.guarded(func() { err = d.preserve(off, n, f) }) {
+		return nil
+	}
+	return err
+}
+
+// mark notes that [off, off+n) changes. The caller is inside the gate.
+func (d *Device) mark(off, n int64) {
+	d.always(func() { d.changes().Mark(off, n) })
 }
 
 // refuse says why a change of [off, off+n), for the rollback to an image or, nil,

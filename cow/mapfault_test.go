@@ -1,0 +1,232 @@
+package cow
+
+import (
+	"bytes"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// TestMemoryFaults empties each file that is mapped, under a device that is written to
+// while its images are read and written and its map is asked. No write fails or is lost, what an
+// image returns is right or EIO, the device goes on in a new generation and with new
+// snapshots, and the next start finds nothing that is wrong.
+func TestMemoryFaults(t *testing.T) {
+	for _, name := range []string{"lease", "changes", "layers", "layer-0", "layer-1", "layer-2", "overlay-2", "catalogue"} {
+		t.Run(name, func(t *testing.T) { testMemoryFault(t, name) })
+	}
+}
+
+const faultSize = 4 << 20
+
+func testMemoryFault(t *testing.T, name string) {
+	h := newHome(t, faultSize)
+	h.state = filepath.Join(h.dir, "state")
+	began := make(chan struct{})
+	var once sync.Once
+	h.notify = func(e Event) {
+		if e.Kind == EventGeneration && strings.Contains(e.Text, "cannot be read any more") {
+			once.Do(func() { close(began) })
+		}
+	}
+	h.open()
+	put(t, h.dev, 1, 0, faultSize)
+	a := h.take("a")
+	put(t, h.dev, 2, 0, faultSize/2)
+	gone := h.take("gone")
+	put(t, h.dev, 3, 0, faultSize/4)
+	b, err := h.cat.Take("b", []*Device{h.dev}, TakeOptions{Limit: time.Minute, Writable: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	was := h.dev.Tracking().Number()
+
+	path := h.layer(name)
+	if name == "catalogue" {
+		path = filepath.Join(h.dir, "run", name)
+	}
+	u := &users{t: t, h: h, a: a.Images()[0], b: b.Images()[0], stop: make(chan struct{})}
+	u.content = bytes.Repeat([]byte{1}, faultSize)
+	if err := h.dev.Read(u.content, 0); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { u.end() })
+	u.start()
+	u.rounds(2)
+	if err := os.Truncate(path, 0); err != nil {
+		t.Fatal(err)
+	}
+	u.rounds(2)
+	if err := gone.Destroy(true); err != nil { // a fold, and memory of all kinds
+		t.Error(err)
+	}
+	if name == "layers" || name == "catalogue" { // which only snapshots touch
+		if s, err := h.cat.Take("at the fault", []*Device{h.dev}, TakeOptions{Limit: time.Minute}); err == nil {
+			s.Destroy(true)
+		} else if !errors.Is(err, syscall.EIO) {
+			t.Errorf("take a snapshot at the fault: %v, want EIO", err)
+		}
+	}
+	if name != "catalogue" {
+		select {
+		case <-began:
+		case <-time.After(time.Minute):
+			t.Fatal("no new generation began")
+		}
+		if _, ok := h.dev.Changes().Since(was); ok {
+			t.Errorf("changes since %d are known in the new generation", was)
+		}
+		for _, s := range []*Snapshot{a, b} {
+			if got := s.State(); !strings.Contains(got, "cannot be read any more") {
+				t.Errorf("snapshot %s is %q", s.Name(), got)
+			}
+		}
+	}
+	u.rounds(2)
+	u.end()
+	wantBytes(t, "the device", h.dev, u.content)
+
+	var c *Snapshot
+	for c == nil {
+		if c, err = h.cat.Take("c", []*Device{h.dev}, TakeOptions{Limit: time.Minute}); name == "catalogue" {
+			if err == nil {
+				t.Error("a snapshot that no start would find was taken")
+			}
+			break
+		} else if err != nil && !errors.Is(err, syscall.EIO) {
+			t.Fatal(err)
+		}
+	}
+	frozen := bytes.Clone(u.content)
+	put(t, h.dev, 9, 0, faultSize/2)
+	if c != nil {
+		wantBytes(t, "the new snapshot", c.Images()[0], frozen)
+	}
+	for _, s := range []*Snapshot{a, b} {
+		if err := s.Destroy(true); err != nil {
+			t.Errorf("destroy %s: %v", s.Name(), err)
+		}
+	}
+	if err := h.pool.Check(); err != nil {
+		t.Error(err)
+	}
+	h.close()
+
+	snaps := h.open()
+	copy(u.content, bytes.Repeat([]byte{9}, faultSize/2))
+	wantBytes(t, "the device after a start", h.dev, u.content)
+	for _, s := range snaps {
+		if s.Name() != "c" {
+			t.Errorf("a start found snapshot %s", s.Name())
+		} else if s.State() == "ok" {
+			wantBytes(t, "the new snapshot after a start", s.Images()[0], frozen)
+		}
+	}
+	if s := snaps["c"]; name != "catalogue" && (s == nil || s.State() != "ok") {
+		t.Errorf("the start did not find the new snapshot")
+	}
+	h.close()
+}
+
+// users write to a device, and read and write its images, until end.
+type users struct {
+	t       *testing.T
+	h       *home
+	a, b    *Image
+	content []byte // of the device
+
+	stop    chan struct{}
+	ended   sync.Once
+	running sync.WaitGroup
+	done    [5]atomic.Int64 // rounds of each
+}
+
+func (u *users) start() {
+	for k, f := range []func(round int){
+		func(n int) { u.write(0, n, func(p []byte, off int64) error { return u.h.dev.Write(p, off, false) }) },
+		func(n int) { u.write(1, n, u.tryWrite) },
+		func(int) { u.read(u.a, 1, 0, faultSize) },
+		func(n int) {
+			u.allow(u.b.Write(bytes.Repeat([]byte{7}, blockSize), int64(n%64)*blockSize, false))
+			u.read(u.b, 1, faultSize/2, faultSize/2)
+			u.read(u.b, 7, int64(n%64)*blockSize, blockSize)
+		},
+		func(int) { u.h.dev.Changes().ReadMap(make([]byte, 64), 0) },
+	} {
+		u.running.Go(func() {
+			for n := 0; ; n++ {
+				select {
+				case <-u.stop:
+					return
+				default:
+				}
+				f(n)
+				u.done[k].Add(1)
+			}
+		})
+	}
+}
+
+// rounds waits until each has begun and ended n rounds.
+func (u *users) rounds(n int64) {
+	for k := range u.done {
+		for want := u.done[k].Load() + n + 1; u.done[k].Load() < want; {
+			time.Sleep(time.Millisecond)
+		}
+	}
+}
+
+func (u *users) end() {
+	u.ended.Do(func() {
+		close(u.stop)
+		u.running.Wait()
+	})
+}
+
+// write writes one block in each chunk of a half of the device.
+func (u *users) write(half int64, n int, write func(p []byte, off int64) error) {
+	v := byte(10 + n%200)
+	p := bytes.Repeat([]byte{v}, blockSize)
+	for off := half * faultSize / 2; off < (half+1)*faultSize/2; off += chunkSize {
+		at := off + int64(n%blocksPerChunk)*blockSize
+		if err := write(p, at); err != nil {
+			u.t.Errorf("write at %d: %v", at, err)
+		}
+		copy(u.content[at:], p)
+	}
+}
+
+func (u *users) tryWrite(p []byte, off int64) error {
+	rest := make(chan func() error, 1)
+	switch err := u.h.dev.TryWrite(p, off, func(f func() error) { rest <- f }); err {
+	case syscall.EAGAIN:
+		return u.h.dev.Write(p, off, false)
+	case errTaken:
+		return (<-rest)()
+	default:
+		return err
+	}
+}
+
+// read reads what is v everywhere, or fails.
+func (u *users) read(i *Image, v byte, off, n int64) {
+	p := make([]byte, n)
+	if err := i.Read(p, off); err != nil {
+		u.allow(err)
+	} else if k := len(p) - bytes.Count(p, []byte{v}); k > 0 {
+		u.t.Errorf("%d of the image's %d bytes from %d on are not %d", k, n, off, v)
+	}
+}
+
+// allow allows the errors of images that are lost.
+func (u *users) allow(err error) {
+	if err != nil && !errors.Is(err, syscall.EIO) {
+		u.t.Errorf("%v, want EIO", err)
+	}
+}
