@@ -80,8 +80,30 @@ func (w *inspector) entered(dir string, e entered) {
 	if err != nil {
 		return
 	}
-	if h, err := decodeLayerHeader(b, layerMagic); err == nil && e.check(h) != nil {
+	h, err := decodeLayerHeader(b, layerMagic)
+	switch {
+	case errors.Is(err, errBlank):
+		w.tell(path, adviceSnapshots, "its file was emptied")
+	case err != nil: // table tells of it
+	case e.check(h) != nil:
 		w.tell(path, adviceSnapshots, "%v", e.check(h))
+	case h.writable && host.Uint64(b[layerFault:]) == faultNone:
+		w.overlay(layerPath(dir, overlayName, e.number))
+	}
+}
+
+// overlay verifies that there is an overlay, of a healthy image, and not an empty file.
+func (w *inspector) overlay(path string) {
+	f, err := openInspected(path)
+	if err == nil && f == nil {
+		w.tell(path, adviceSnapshots, "it is not there")
+	}
+	if f == nil {
+		return
+	}
+	defer f.Close()
+	if b, err := f.head(tableHeader); err == nil && errors.Is(checkMagic(b, overlayMagic, layerVersion, layerConstant), errBlank) {
+		w.tell(path, adviceSnapshots, "its file was emptied")
 	}
 }
 
@@ -133,6 +155,8 @@ func (w *inspector) table(device, path, magic string, number uint64, changes *cb
 		h, err = decodeLayerHeader(b, magic)
 	}
 	switch {
+	case errors.Is(err, errBlank):
+		return // it was about to go, or entered tells of it
 	case err != nil:
 	case h.number != number || h.size <= 0:
 		err = fmt.Errorf("%w: it is layer %d of %d bytes", ErrDamaged, h.number, h.size)
