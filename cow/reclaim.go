@@ -211,7 +211,10 @@ func (d *Device) free(s *scrap) error {
 		d.pool.Shrink(w.slot(), w.mask())
 	}
 	for _, t := range s.tables {
-		errs = append(errs, d.dispose(t, "forget a table"))
+		if !d.spend(t) {
+			errs = append(errs, d.forget(t))
+			d.cat.did("forget a table")
+		}
 		d.guarded(func() {
 			for _, w := range t.from(0) {
 				d.freeSlot(w)
@@ -220,22 +223,16 @@ func (d *Device) free(s *scrap) error {
 		errs = append(errs, d.closeUseless(t))
 	}
 	for _, t := range s.empty {
-		errs = append(errs, d.dispose(t, "forget an empty table"), d.closeUseless(t))
+		if !d.spend(t) {
+			errs = append(errs, d.forget(t))
+			d.cat.did("forget an empty table")
+		}
+		errs = append(errs, d.closeUseless(t))
 	}
 	for _, w := range s.words {
 		d.freeSlot(w)
 	}
 	return errors.Join(errs...)
-}
-
-// dispose spends a table, or else forgets it, which is the step that is called so.
-func (d *Device) dispose(t *table, forgotten string) error {
-	if d.spend(t) {
-		return nil
-	}
-	err := d.forget(t)
-	d.cat.did(forgotten)
-	return err
 }
 
 // forget is forget of one of the device's tables. What faults holds nothing any more, for
