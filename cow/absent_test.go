@@ -362,7 +362,7 @@ func TestStartThatFails(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		o.file = copied{o.file}
+		o.file = copied{o.file, "b"}
 		b, err := cat.Open(o, pool, Config{Name: "b"})
 		if err != nil {
 			t.Fatal(err)

@@ -33,11 +33,15 @@ const siteSize = 1<<20 + 3*SectorSize
 
 var siteDevices = []string{"a", "b"}
 
-// copied is an origin that is taken for the one that it is a copy of.
-type copied struct{ originFile }
+// copied is an origin that is taken for the one that it is a copy of, and for no other:
+// each device has its own.
+type copied struct {
+	originFile
+	device string
+}
 
 func (c copied) identify(bool) (identity, error) {
-	return identity{ino: 1, size: siteSize, changed: 1}, nil
+	return identity{ino: uint64(1 + slices.Index(siteDevices, c.device)), size: siteSize, changed: 1}, nil
 }
 
 // newSite makes the files of a site.
@@ -90,7 +94,7 @@ func openSiteWith(t *testing.T, dir, boot string, limit int64, step func(string)
 		if err != nil {
 			t.Fatal(err)
 		}
-		o.file = copied{o.file}
+		o.file = copied{o.file, name}
 		d, err := s.cat.Open(o, s.pool, Config{Name: name})
 		if err != nil {
 			t.Fatal(err)
