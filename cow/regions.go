@@ -48,6 +48,7 @@
 package cow
 
 import (
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -95,8 +96,9 @@ type regions struct {
 	recorded, active []atomic.Uint64
 
 	// mu serializes writing the file; held across I/O.
-	mu    sync.Mutex
-	state regionsState
+	mu     sync.Mutex
+	state  regionsState
+	unsure error // why it is not known which header, and so which set, counts on the disk
 
 	// joinMu protects the batch that the next write of the file takes along.
 	joinMu sync.Mutex
@@ -339,7 +341,7 @@ func (r *regions) write(list []int64) error {
 		}
 	}
 	if len(pages) > 0 {
-		if err := r.file.Sync(); err != nil {
+		if err := cmp.Or(r.unsure, r.file.Sync()); err != nil {
 			return err
 		}
 	}
@@ -385,10 +387,12 @@ func (r *regions) writeHeader() error {
 	r.state.seq++
 	var b [regionsHeader]byte
 	r.state.encode(b[:])
-	if _, err := r.file.WriteAt(b[:], int64(r.state.seq%2)*regionsHeader); err != nil {
-		return err
+	_, err := r.file.WriteAt(b[:], int64(r.state.seq%2)*regionsHeader)
+	if err == nil {
+		err = r.file.Sync()
 	}
-	return r.file.Sync()
+	r.unsure = cmp.Or(r.unsure, err)
+	return r.unsure
 }
 
 // reserve sees to it, durably, that no number up to number is given out again
@@ -397,7 +401,7 @@ func (r *regions) reserve(number uint64) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if number <= r.state.number {
-		return nil
+		return r.unsure
 	}
 	r.state.number = number + reserveStep - 1
 	return r.writeHeader()
@@ -408,7 +412,7 @@ func (r *regions) extend(t time.Time) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.state.lease >= t.UnixNano() {
-		return nil
+		return r.unsure
 	}
 	r.state.lease = t.UnixNano()
 	return r.writeHeader()

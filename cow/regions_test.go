@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"syscall"
 	"testing"
 
 	"github.com/google/uuid"
@@ -104,6 +105,36 @@ func TestDropKeepsWhatIsActive(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantRegions(t, path, 0, 1, 2, 3)
+}
+
+// TestUnsureRecordTakesNothing fails to write the header that says that the other set
+// counts: on the disk it does not, so no region may count as recorded in it.
+func TestUnsureRecordTakesNothing(t *testing.T) {
+	r, path := newTestRegions(t, 100*region)
+	if err := r.add(0, 1); err != nil {
+		t.Fatal(err)
+	}
+	r.begin()
+	r.note(0, 1)
+	r.file = &failingHeader{r.file}
+	if err := r.drop(r.state.generation, func() bool { return true }); !errors.Is(err, syscall.EIO) {
+		t.Fatalf("drop over a header that cannot be written: %v, want EIO", err)
+	}
+	r.file = r.file.(*failingHeader).durableFile
+	if err := r.add(5*region, 1); !errors.Is(err, syscall.EIO) || r.note(5*region, 1) {
+		t.Errorf("a region that no start would find is recorded: %v, want EIO", err)
+	}
+	wantRegions(t, path, 0)
+}
+
+// failingHeader writes no header.
+type failingHeader struct{ durableFile }
+
+func (f *failingHeader) WriteAt(p []byte, off int64) (int, error) {
+	if off < regionsSets {
+		return 0, syscall.EIO
+	}
+	return f.durableFile.WriteAt(p, off)
 }
 
 func TestRegionsOfManyAreWrittenTogether(t *testing.T) {
