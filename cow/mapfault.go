@@ -255,10 +255,11 @@ func (d *Device) renewRegister() error {
 	d.register = r
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	for _, l := range d.layers { // a snapshot came about meanwhile
-		if l.image != nil {
-			d.guardedLocked(func() { err = errors.Join(err, r.add(l)) })
-		}
+	// Of snapshots that came about meanwhile; those without a name, too, because others
+	// read through them. The newest first: who is killed in between leaves none that
+	// lacks one which is newer.
+	for _, l := range slices.Backward(d.layers) {
+		d.guardedLocked(func() { err = errors.Join(err, r.add(l)) })
 	}
 	return err
 }
