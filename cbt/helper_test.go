@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"slices"
+	"sync"
 	"testing"
 	"unsafe"
 
@@ -29,9 +30,9 @@ func random(t *testing.T) *rand.Rand {
 // it.
 type heap struct {
 	bytes []byte
-	n     int64
 
-	// growing, where it is set, is called before memory grows.
+	mu      sync.Mutex // not held while growing is called
+	n       int64
 	growing func() error
 }
 
@@ -43,21 +44,39 @@ func newHeap(limit int64) *heap {
 // copyHeap is what a process that is killed now leaves behind. Nobody marks
 // meanwhile.
 func copyHeap(mem *heap) *heap {
-	c := newHeap(mem.n)
-	c.n = mem.n
+	c := newHeap(mem.Len())
+	c.n = int64(len(c.bytes))
 	copy(c.bytes, mem.bytes)
 	return c
 }
 
+// onGrow makes memory call grows before it grows, from now on: in the
+// background too, so that grows may be called at any time.
+func (h *heap) onGrow(grows func() error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.growing = grows
+}
+
 func (h *heap) Bytes() []byte { return h.bytes }
-func (h *heap) Len() int64    { return h.n }
+
+func (h *heap) Len() int64 {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.n
+}
 
 func (h *heap) Grow(n int64) error {
-	if h.growing != nil {
-		if err := h.growing(); err != nil {
+	h.mu.Lock()
+	grows := h.growing
+	h.mu.Unlock()
+	if grows != nil {
+		if err := grows(); err != nil {
 			return err
 		}
 	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
 	if n > int64(len(h.bytes))-h.n {
 		return fmt.Errorf("grow by %d: %w", n, unix.ENOSPC)
 	}

@@ -132,7 +132,8 @@ func TestUnprepared(t *testing.T) {
 	wantChanged(t, v, n, [2]int64{int64(n) * block, block})
 	v.Release()
 
-	mem.growing = func() error { return unix.ENOSPC }
+	mem.onGrow(func() error { return unix.ENOSPC })
+	m.fillers.Wait()
 	for _, no := range m.free {
 		m.counts[no] = 1 // no memory at all
 	}
@@ -140,7 +141,7 @@ func TestUnprepared(t *testing.T) {
 	if m.Base() != n+1 {
 		t.Errorf("base %d after Reset, want %d", m.Base(), n+1)
 	}
-	mem.growing = nil
+	mem.onGrow(nil)
 	freeze(t, m)
 }
 
@@ -150,7 +151,7 @@ func TestPrepareWithoutMemory(t *testing.T) {
 	full := errors.New("full")
 	mem := newHeap(1 << 20)
 	m := newTestMap(t, mem, 1<<40)
-	mem.growing = func() error { return full }
+	mem.onGrow(func() error { return full })
 	for off := int64(0); !m.Lost(); off += leafSpan {
 		m.Mark(off, 1)
 	}
@@ -176,11 +177,11 @@ func TestMarkDoesNotWaitForGrowth(t *testing.T) {
 	var once sync.Once
 	open := func() { once.Do(func() { close(release) }) }
 	t.Cleanup(open)
-	mem.growing = sync.OnceValue(func() error {
+	mem.onGrow(sync.OnceValue(func() error {
 		close(entered)
 		<-release
 		return nil
-	})
+	}))
 	marked := make(chan struct{})
 	go func() {
 		defer close(marked)
@@ -216,11 +217,11 @@ func TestCloseWaits(t *testing.T) {
 	mem := newHeap(1 << 20)
 	m := newTestMap(t, mem, 1<<40)
 	entered, release, closed := make(chan struct{}), make(chan struct{}), make(chan struct{})
-	mem.growing = func() error {
+	mem.onGrow(func() error {
 		close(entered)
 		<-release
 		return nil
-	}
+	})
 	for off := int64(0); m.availableLocked() >= minBatch/2; off += leafSpan {
 		m.Mark(off, 1)
 	}
@@ -283,14 +284,16 @@ func TestLoseAfterRelease(t *testing.T) {
 	m := newTestMap(t, mem, 1<<40)
 	m.Mark(0, 1)
 	f := freeze(t, m)
-	mem.growing = func() error { return unix.ENOSPC }
+	mem.onGrow(func() error { return unix.ENOSPC })
 	for off := int64(0); !m.Lost(); off += leafSpan {
 		m.Mark(off, 1)
 	}
-	mem.growing = func() error {
-		f.Release()
+	m.fillers.Wait()
+	release := sync.OnceFunc(f.Release)
+	mem.onGrow(func() error {
+		release()
 		return unix.ENOSPC
-	}
+	})
 	f.Mark(leafSpan, 1, 1)
 	_, frozen, err := Open(copyHeap(mem))
 	if err != nil || len(frozen) != 0 {

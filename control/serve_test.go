@@ -315,12 +315,13 @@ func TestLockOfWhatHangs(t *testing.T) {
 	defer close(release)
 	for _, tc := range []struct {
 		name  string
+		limit time.Duration
 		close func() error
 		want  string
 	}{
-		{"closes", func() error { return nil }, "<nil>"},
-		{"fails", func() error { return io.ErrClosedPipe }, "<nil>"},
-		{"hangs", func() error { <-release; return nil },
+		{"closes", time.Minute, func() error { return nil }, "<nil>"},
+		{"fails", time.Minute, func() error { return io.ErrClosedPipe }, "<nil>"},
+		{"hangs", time.Millisecond, func() error { <-release; return nil },
 			fmt.Sprintf("lock directory RUN: in use by another blksnap, process %d", os.Getpid())},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -329,7 +330,7 @@ func TestLockOfWhatHangs(t *testing.T) {
 			if err := s.lock(t.Context()); err != nil {
 				t.Fatal(err)
 			}
-			s.later(func() error { return within(time.Millisecond, "close device vda", tc.close) })
+			s.later(func() error { return within(tc.limit, "close device vda", tc.close) })
 			s.close()
 			l, err := lockDir(t.Context(), dir, s.set.control, 0)
 			wantError(t, "lock afterwards", err, strings.ReplaceAll(tc.want, "RUN", dir))
