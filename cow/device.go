@@ -3,10 +3,8 @@
 package cow
 
 import (
-	"cmp"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -15,8 +13,6 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
-
-	"github.com/google/uuid"
 
 	"blksnap/cbt"
 	"blksnap/store"
@@ -71,24 +67,6 @@ type Config struct {
 	Log    *slog.Logger
 	Notify func(Event)
 }
-
-// Event is something that an operator or a script may want to react to.
-type Event struct {
-	Time     time.Time
-	Kind     string // one of the Event constants
-	Device   string
-	Snapshot string // empty where no snapshot is concerned
-	Text     string
-}
-
-// Kinds of events.
-const (
-	EventDeviceFailed       = "device-failed"
-	EventSnapshotOverflowed = "snapshot-overflowed"
-	EventSnapshotFailed     = "snapshot-failed"
-	EventGeneration         = "generation"      // a new generation of the change map
-	EventRollbackFailed     = "rollback-failed" // the device is between two states
-)
 
 // Device is an origin under tracking. Reads and writes come from many goroutines
 // at once, also for ranges that overlap; they lie within Size.
@@ -190,155 +168,6 @@ type Device struct {
 	closed   bool
 }
 
-var serials atomic.Uint64
-
-// Open puts an origin under tracking. Where a predecessor left the device's state
-// in the run directory, its snapshots are back with Recover and its change map goes
-// on; else, and where that state cannot be used, a new generation begins after
-// c.Number, and the event says why. The origin belongs to the device from then on,
-// also where Open fails.
-func (c *Catalogue) Open(o *Origin, pool *store.Pool, cfg Config) (*Device, error) {
-	d, err := c.open(o, pool, cfg)
-	if err != nil {
-		o.Close()
-		return nil, fmt.Errorf("track %s: %w", cfg.Name, err)
-	}
-	if len(d.layers) == 0 { // else it begins with Recover
-		d.tellTear()
-		d.running.Go(d.reclaim)
-	}
-	if d.stateDir != "" {
-		d.running.Add(1)
-		go d.keepDurable()
-		if d.durable.Load() == nil {
-			d.poke()
-		}
-	}
-	return d, nil
-}
-
-func (c *Catalogue) open(o *Origin, pool *store.Pool, cfg Config) (*Device, error) {
-	cfg.PreserveLimit = cmp.Or(cfg.PreserveLimit, 10*time.Second)
-	if cfg.Log == nil {
-		cfg.Log = slog.New(slog.DiscardHandler)
-	}
-	cfg.Log = cfg.Log.With("device", cfg.Name)
-	d := &Device{
-		name: cfg.Name, cat: c, dir: c.deviceDir(cfg.Name), stateDir: c.stateDir(cfg.Name), origin: o, file: o.file, pool: pool, cfg: cfg,
-		serial:  serials.Add(1),
-		writers: newGate(),
-		readers: newGate(),
-		stop:    make(chan struct{}),
-		wake:    make(chan struct{}, 1),
-		poked:   make(chan struct{}, 1),
-		keeping: make(chan struct{}, 1),
-		lease:   new(atomic.Int64),
-	}
-	d.size.Store(o.size)
-	d.leaseTimer = time.AfterFunc(time.Hour, d.tendLease)
-	d.leaseTimer.Stop()
-	d.flusher = newFlusher(d.file.sync)
-	d.copier = newCopier(pool)
-	d.flights.New = func() any { return newFlight(d) }
-	d.settled = sync.NewCond(&d.mu)
-	if d.dir != "" {
-		if err := os.MkdirAll(d.dir, 0o700); err != nil {
-			return nil, err
-		}
-	}
-	lost, err := d.find()
-	if err != nil {
-		return nil, err
-	}
-	d.endFound()
-	if lost != nil {
-		d.noteGeneration(lost.Error())
-	}
-	if err := d.tellOthers(); err != nil {
-		return nil, fmt.Errorf("note that its origin has another name now: %w", err)
-	}
-	if d.register == nil {
-		if d.register, err = newRegister(d.path(registerName)); err != nil {
-			return nil, err
-		}
-	}
-	d.findTear()
-	c.mu.Lock()
-	c.opened[d.name] = true
-	if len(d.layers) > 0 {
-		c.waiting = append(c.waiting, d)
-	}
-	c.mu.Unlock()
-	return d, nil
-}
-
-// errNew is why a device without state begins a generation.
-var errNew = errors.New("the device is new")
-
-// find opens the device's state, or begins anew. lost says why a new generation
-// has begun, nil if none has.
-func (d *Device) find() (lost, err error) {
-	mem, was, lease, why := d.openLease()
-	if mem == nil {
-		return nil, why
-	}
-	if why == nil {
-		why = d.recoverState(was.size)
-	}
-	if why == nil { // a predecessor in this boot
-		now, err := d.file.identify(false)
-		if err != nil {
-			return nil, err
-		}
-		if lost = cmp.Or(servedAs(mem), was.foreign(now, lease, true, false)); lost != nil {
-			d.disown(lost)
-		} else if d.stateDir != "" {
-			if err := d.reopenDurable(); err != nil {
-				d.cfg.Log.Warn("the record of writes begins anew", "err", err)
-			}
-		}
-		return lost, d.beginLease(mem)
-	}
-	if err := d.wipe(); err != nil {
-		return nil, err
-	}
-	if err := mem.Close(); err != nil {
-		return nil, err
-	}
-	if d.stateDir != "" {
-		if err := d.recoverDurable(); err == nil {
-			lost = nil
-		} else if !errors.Is(err, errBlank) {
-			why = err
-		}
-	}
-	if d.changes() == nil {
-		lost = why
-		if errors.Is(why, errBlank) {
-			lost = errNew
-		}
-		if err := d.newChanges(); err != nil {
-			return nil, err
-		}
-	}
-	if mem, _, _, why = d.openLease(); mem == nil {
-		return nil, why
-	}
-	return lost, d.beginLease(mem)
-}
-
-// disown gives the images up, because somebody else wrote to the origin, and the
-// history with them.
-func (d *Device) disown(why error) {
-	d.mu.Lock()
-	images := slices.Clone(d.images)
-	d.mu.Unlock()
-	for _, i := range images {
-		d.breakImage(i, failed(why.Error()), why)
-	}
-	d.changes().Reset(uuid.New())
-}
-
 // path is where the device keeps a file in its run directory; empty where it keeps
 // nothing.
 func (d *Device) path(name string) string {
@@ -346,22 +175,6 @@ func (d *Device) path(name string) string {
 		return ""
 	}
 	return filepath.Join(d.dir, name)
-}
-
-// wipe forgets what is in the run directory.
-func (d *Device) wipe() error {
-	d.layers, d.images, d.nextLayer = nil, nil, 0
-	d.tracked.Store(nil)
-	d.rollback.Store(nil)
-	d.limits.Store(0)
-	if d.dir == "" {
-		return nil
-	}
-	if err := errors.Join(d.register.close(), os.RemoveAll(d.dir)); err != nil {
-		return err
-	}
-	d.register = nil
-	return os.MkdirAll(d.dir, 0o700)
 }
 
 // Close stops the device: new requests to it and its images are answered with
@@ -507,35 +320,4 @@ func (d *Device) flush(complete bool) error {
 func (d *Device) Cache(off, n int64) error {
 	d.file.willNeed(off, n)
 	return nil
-}
-
-// originError notes that the origin failed a request and returns the error to
-// answer it with. Lack of space under a sparse file is no failure of the device.
-func (d *Device) originError(op string, off int64, err error) error {
-	if errors.Is(err, os.ErrClosed) {
-		return ErrStopping
-	}
-	if err == io.EOF {
-		err = io.ErrUnexpectedEOF // the origin was cut short behind our back
-	}
-	if !errors.Is(err, syscall.ENOSPC) && !errors.Is(err, syscall.EDQUOT) {
-		d.fail(fmt.Sprintf("%s at %d: %v", op, off, cause(err)))
-	}
-	return fmt.Errorf("%s %s at %d: %w", op, d.name, off, err)
-}
-
-// fail marks the device as failed, once. Its requests are still tried, each
-// answered for itself; what is marked is that the device needs a look.
-func (d *Device) fail(why string) {
-	if !d.failure.CompareAndSwap(nil, &why) {
-		return
-	}
-	d.cfg.Log.Error("device failed", "err", why)
-	d.event(EventDeviceFailed, "", why)
-}
-
-func (d *Device) event(kind, snapshot, text string) {
-	if d.cfg.Notify != nil {
-		d.cfg.Notify(Event{time.Now(), kind, d.name, snapshot, text})
-	}
 }
