@@ -202,7 +202,9 @@ func (d *Device) writeLast(u *durable) error {
 		return err
 	}
 	u.regions.begin()
+	u.regions.mu.Lock() // of whoever was given up over a disk that hung
 	u.regions.state.lease = info.origin.changed
+	u.regions.mu.Unlock()
 	return u.regions.drop(info.generation, func() bool { return true })
 }
 

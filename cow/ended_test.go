@@ -48,6 +48,60 @@ func TestHangingStateTakesOneLimit(t *testing.T) {
 	}
 }
 
+// TestHangingStoreEndsNoGeneration has the snapstore hang in one write while idle regions
+// are dropped from the record. First writes to other regions, also to one that is being
+// dropped, do not wait for that, and the generation goes on.
+func TestHangingStoreEndsNoGeneration(t *testing.T) {
+	inBubble(func(t *testing.T) {
+		l := newPowerLife(t)
+		l.hangs = true
+		l.keep()
+		l.put(0)
+		l.put(1 << regionShift)
+		l.take()
+		written, dropping := make(chan struct{}), make(chan struct{})
+		l.disks.before = func(what string) error {
+			if what == "rename /state/devices/vda/map.new" {
+				close(written)
+				<-dropping
+			}
+			return nil
+		}
+		checkpoint := begin(l.checkpoint)
+		<-written
+		entered, release := stop(l.part.hook, "write", 0)
+		p := l.data(0, blockSize)
+		value := l.value
+		l.fact("hanging write", func(f *powerFacts) {
+			for s, to := sectorsOf(0, blockSize); s < to; s++ {
+				f.now[s] = value
+				f.later[s] = append(f.later[s], value)
+			}
+		})
+		hanging := begin(func() error { return l.dev.Write(p, 0, false) })
+		<-entered
+		l.disks.before = nil
+		close(dropping)
+		waitsOn(t, checkpoint, "the checkpoint")
+
+		u, begun := l.dev.durable.Load(), time.Now()
+		l.put(3<<regionShift + 1*chunkSize) // chunks with locks of their own
+		l.put(1<<regionShift + 2*chunkSize)
+		if got := time.Since(begun); got != 0 {
+			t.Errorf("first writes to two regions took %v, want 0", got)
+		}
+		if l.dev.durable.Load() != u {
+			t.Error("the generation has ended")
+		}
+		close(release)
+		if err := errors.Join(<-hanging, <-checkpoint); err != nil {
+			t.Error(err)
+		}
+		l.lose(0)
+		l.lose(1)
+	})(t)
+}
+
 // TestStopOverAStateDiskThatFails ends in order over a state disk that takes no map, or
 // nothing. That is a clean end, and the next start goes on, or says why not.
 func TestStopOverAStateDiskThatFails(t *testing.T) {

@@ -78,7 +78,9 @@ type powerLife struct {
 	limit time.Duration // how long a state disk is waited for; 0: the default
 	block bool          // a block device
 	still bool          // an origin of which nobody can see who wrote to it, as if all writes were ours
+	hangs bool          // the snapstore may hang
 	cat   *Catalogue
+	part  *part // of the snapstore
 	pool  *store.Pool
 	dev   *Device
 
@@ -117,7 +119,8 @@ func (l *powerLife) start() {
 	if err != nil {
 		l.fatalf("%v", err)
 	}
-	l.pool = store.NewPool(m)
+	l.part = &part{Part: m, hangs: l.hangs}
+	l.pool = store.NewPool(l.part)
 	l.open()
 }
 

@@ -37,10 +37,15 @@ type regions struct {
 	// written since begin. A bit for each.
 	recorded, active []atomic.Uint64
 
-	// mu serializes writing the file; held across I/O.
+	// dropping serializes drops. Held while writes in flight end, and across I/O.
+	dropping sync.Mutex
+
+	// mu serializes writing the file; held across I/O. Writers wait for it, so it is never
+	// held while anything waits for writers.
 	mu     sync.Mutex
 	state  regionsState
-	unsure error // why it is not known which header, and so which set, counts on the disk
+	going  []uint64 // regions that a drop is taking out of recorded, nil while none does
+	unsure error    // why it is not known which header, and so which set, counts on the disk
 
 	// joinMu protects the batch that the next write of the file takes along.
 	joinMu sync.Mutex
@@ -180,21 +185,28 @@ func (r *regions) begin() {
 }
 
 // drop makes the record, which belongs to generation from then on, what was active
-// since begin. turn waits until all who
-// were told by note that their regions are recorded have ended their writes.
+// since begin. turn waits until all who were told by note that their regions are recorded
+// have ended their writes; where it returns false, nothing is dropped.
+//
+// One of these may wait for a snapstore that hangs, so mu is not held meanwhile: a write to
+// an idle region would wait for that as well, and end the generation after half of its
+// time although the state is sound. What others write to the record then goes to the set
+// that counts, so it must still hold what is going (isKept): who was told that it is
+// recorded relies on that until the other set counts.
 func (r *regions) drop(generation uuid.UUID, turn func() bool) error {
+	r.dropping.Lock()
+	defer r.dropping.Unlock()
+	was := r.narrow()
+	ended := turn()
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	was := make([]uint64, len(r.recorded))
-	for i := range r.recorded {
-		was[i] = r.recorded[i].Load()
-		r.recorded[i].And(r.active[i].Load())
-	}
-	if !turn() {
+	r.going = nil
+	if !ended {
 		r.restore(was)
 		return ErrStopping
 	}
-	// Who looked before has marked its region as active by now.
+	// Who looked before has marked its region as active by now. Who came later has
+	// added it.
 	for i := range r.recorded {
 		r.recorded[i].Or(r.active[i].Load() & was[i])
 	}
@@ -211,6 +223,26 @@ func (r *regions) drop(generation uuid.UUID, turn func() bool) error {
 		r.restore(was) // the old set still counts, or both do
 	}
 	return err
+}
+
+// narrow takes what was not active since begin out of recorded, and returns what that was
+// before.
+func (r *regions) narrow() (was []uint64) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	was = make([]uint64, len(r.recorded))
+	for i := range r.recorded {
+		was[i] = r.recorded[i].Load()
+		r.recorded[i].And(r.active[i].Load())
+	}
+	r.going = was
+	return was
+}
+
+// isKept says whether the set that counts holds a region, whoever is told that it is
+// recorded. The caller holds mu.
+func (r *regions) isKept(i int64) bool {
+	return hasBit(r.recorded, i) || r.going != nil && r.going[i/64]>>(i%64)&1 != 0
 }
 
 func (r *regions) restore(was []uint64) {

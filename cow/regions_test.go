@@ -90,13 +90,18 @@ func TestDropKeepsWhatIsActive(t *testing.T) {
 		if r.note(3*region, 1) {
 			t.Error("a region that is being dropped counts as recorded")
 		}
+		// Somebody else does not wait for that writer, and takes nothing from it.
+		if err := r.add(5*region, 1); err != nil {
+			t.Error(err)
+		}
+		wantRegions(t, path, 0, 1, 2, 3, 5)
 		return true
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
 	// Region 3 was asked for too late: its writer has to add it again.
-	wantRegions(t, path, 1, 2, 3)
+	wantRegions(t, path, 1, 2, 3, 5)
 	if r.note(0, 1) {
 		t.Error("an idle region is still recorded")
 	}
@@ -104,7 +109,24 @@ func TestDropKeepsWhatIsActive(t *testing.T) {
 	if err := r.add(0, 1); err != nil {
 		t.Fatal(err)
 	}
-	wantRegions(t, path, 0, 1, 2, 3)
+	wantRegions(t, path, 0, 1, 2, 3, 5)
+}
+
+// TestStoppedDropDropsNothing stops a drop while it waits for writes in flight.
+func TestStoppedDropDropsNothing(t *testing.T) {
+	r, path := newTestRegions(t, 100*region)
+	if err := r.add(0, 2*region); err != nil {
+		t.Fatal(err)
+	}
+	r.begin()
+	stopped := func() bool { return r.add(5*region, 1) != nil }
+	if err := r.drop(r.state.generation, stopped); !errors.Is(err, ErrStopping) {
+		t.Errorf("drop: %v, want ErrStopping", err)
+	}
+	if !r.note(0, 2*region) || !r.note(5*region, 1) {
+		t.Error("what was recorded is not any more")
+	}
+	wantRegions(t, path, 0, 1, 5)
 }
 
 // TestUnsureRecordTakesNothing fails to write the header that says that the other set

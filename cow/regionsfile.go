@@ -219,7 +219,7 @@ func (r *regions) pageAt(set uint32, p int64) int64 {
 	return regionsSets + int64(set)*r.setBytes() + p*regionPage
 }
 
-// writePage writes a page of recorded regions and, of those of more that are not
+// writePage writes a page of the regions that are kept and, of those of more that are not
 // recorded yet, the ones that are in it.
 func (r *regions) writePage(set uint32, p int64, more []int64) error {
 	var b [regionPage]byte
@@ -229,7 +229,7 @@ func (r *regions) writePage(set uint32, p int64, more []int64) error {
 		}
 	}
 	for i := p * regionPageBits; i < min((p+1)*regionPageBits, r.n); i++ {
-		if hasBit(r.recorded, i) {
+		if r.isKept(i) {
 			put(i)
 		}
 	}
