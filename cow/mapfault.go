@@ -36,8 +36,6 @@ import (
 	"time"
 	"unsafe"
 	"weak"
-
-	"golang.org/x/sys/unix"
 )
 
 // mappings are the memories that are mapped from files, by where they begin.
@@ -81,15 +79,16 @@ func mappedAt(r any) (*memory, int64) {
 	return nil, 0
 }
 
-// replace empties m's file and puts zeroes in its place. One caller at a time.
+// replace empties m's file and puts zeroes in its place. One caller at a time; Grow may
+// run meanwhile.
 func (m *memory) replace() error {
+	// First, because a Grow that does not see it has its bytes counted by now.
+	m.lost.Store(true)
 	n := m.Len()
-	m.lost.Store(true) // it does not grow in the file any more
 	if err := m.file.Truncate(0); err != nil {
 		return err
 	}
-	_, err := unix.MmapPtr(-1, 0, unsafe.Pointer(unsafe.SliceData(m.reserved)), uintptr(n),
-		unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_FIXED)
+	err := m.backAnonymous(0, n)
 	if err == nil {
 		m.replaced = n
 	}

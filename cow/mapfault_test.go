@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -228,5 +229,54 @@ func (u *users) read(i *Image, v byte, off, n int64) {
 func (u *users) allow(err error) {
 	if err != nil && !errors.Is(err, syscall.EIO) {
 		u.t.Errorf("%v, want EIO", err)
+	}
+}
+
+// TestMemoryIsGivenUpWhileItGrows gives a file up while it grows: it is empty afterwards,
+// and what it has grown by is there all the same, and cannot fault.
+func TestMemoryIsGivenUpWhileItGrows(t *testing.T) {
+	const most = 64 << 20
+	blocks := func(path string) int64 {
+		var st syscall.Stat_t
+		if err := syscall.Stat(path, &st); err != nil {
+			t.Fatal(err)
+		}
+		return st.Blocks
+	}
+	for round := range 8 {
+		path := filepath.Join(t.TempDir(), "table")
+		m, err := mapFile(path, 2*most)
+		if err != nil {
+			t.Fatal(err)
+		}
+		grow(t, m, memoryStep)
+		m.Bytes()[0] = 1
+		grown, before := make(chan error, 1), blocks(path)
+		go func() { grown <- m.Grow(most) }()
+		for blocks(path) == before { // it is past its first look
+			runtime.Gosched()
+		}
+		if err := errors.Join(m.replace(), <-grown); err != nil {
+			t.Fatal(err)
+		}
+		st, err := os.Stat(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if st.Size() != 0 {
+			t.Errorf("round %d: the file has %d bytes, want 0", round, st.Size())
+		}
+		for off := int64(0); off < m.Len(); off += memoryStep {
+			if b := m.Bytes()[off]; b != 0 {
+				t.Errorf("byte %d is %d, want 0", off, b)
+			}
+			m.Bytes()[off] = 1
+		}
+		if err := m.Grow(memoryStep); err != nil || m.Len() != most+2*memoryStep {
+			t.Errorf("then it grows to %d bytes: %v", m.Len(), err)
+		}
+		if err := m.Close(); err != nil {
+			t.Error(err)
+		}
 	}
 }

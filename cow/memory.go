@@ -99,15 +99,53 @@ func (m *memory) Grow(n int64) error {
 	if to > int64(len(m.reserved)) {
 		return fmt.Errorf("grow tables to %d bytes: %w", to, unix.ENOSPC)
 	}
-	if err := m.back(from, to); err != nil {
-		return fmt.Errorf("grow tables to %d bytes: %w", to, err)
+	lost := m.lost.Load()
+	err := m.back(from, to)
+	if err == nil {
+		err = populate(m.reserved[from:to])
 	}
-	// Older kernels do not know the advice; the first touch allocates then.
-	if err := unix.Madvise(m.reserved[from:to], unix.MADV_POPULATE_WRITE); err != nil && err != unix.EINVAL {
+	if err == nil {
+		m.n.Store(to)
+	}
+	// It may have been given up meanwhile. First longer, then a look: replace does it the
+	// other way round, so one of the two puts memory behind these bytes that is no file's.
+	if !lost && m.lost.Load() {
+		err = m.backLost(from, to)
+	}
+	if err != nil {
+		m.n.Store(from)
 		return fmt.Errorf("grow tables to %d bytes: %w", to, err)
 	}
 	m.n.Store(to)
 	return nil
+}
+
+// populate has the kernel allocate the bytes of b.
+func populate(b []byte) error {
+	// Older kernels do not know the advice; the first touch allocates then.
+	if err := unix.Madvise(b, unix.MADV_POPULATE_WRITE); err != nil && err != unix.EINVAL {
+		return err
+	}
+	return nil
+}
+
+// backLost puts anonymous memory behind [from, to) of what was given up, and takes back
+// what the file may have got for it: a start must find it empty.
+func (m *memory) backLost(from, to int64) error {
+	if err := m.file.Truncate(0); err != nil {
+		return err
+	}
+	if err := m.backAnonymous(from, to); err != nil {
+		return err
+	}
+	return populate(m.reserved[from:to])
+}
+
+// backAnonymous puts zeroes that cannot fault behind [from, to).
+func (m *memory) backAnonymous(from, to int64) error {
+	_, err := unix.MmapPtr(-1, 0, unsafe.Pointer(&m.reserved[from]), uintptr(to-from),
+		unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_FIXED)
+	return err
 }
 
 // back puts something behind the reserved addresses [from, to).
