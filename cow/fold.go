@@ -76,7 +76,8 @@ func (d *Device) fold(older *layer, end int64, l *layer, s *scrap) bool {
 }
 
 // foldChunk sees to it that older has the blocks of w that are before end. Then w
-// needs no place in the newer layer any more.
+// needs no place in the newer layer any more. What is useless becomes scrap only when older
+// has the rest: where that faults, the newer layer goes on naming all of it.
 func (d *Device) foldChunk(older *table, end int64, c chunkNo, w word, s *scrap) error {
 	useless := w.mask() & c.beyond(end)
 	if useless == w.mask() {
@@ -90,11 +91,12 @@ func (d *Device) foldChunk(older *table, end int64, c chunkNo, w word, s *scrap)
 	need := w.mask() &^ useless &^ o.mask()
 	if o == 0 {
 		// The slot moves with it.
-		if w.hasSlot() && useless != 0 {
-			s.shrunk = append(s.shrunk, makeWord(w.slot(), useless))
-			w = makeWord(w.slot(), need)
+		if !w.hasSlot() || useless == 0 {
+			older.store(c, w)
+			return nil
 		}
-		older.store(c, w)
+		older.store(c, makeWord(w.slot(), need))
+		s.shrunk = append(s.shrunk, makeWord(w.slot(), useless))
 		return nil
 	}
 	if need != 0 {

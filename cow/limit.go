@@ -89,19 +89,24 @@ type charge struct {
 }
 
 // chargeMissing has images count what is missing of some chunks, or fails with
-// overLimit. The caller is inside the gate and holds the chunks' locks.
-func (d *Device) chargeMissing(list []missing) ([]charge, error) {
+// overLimit, or where memory faults: the caller has slots to give back then. The caller is
+// inside the gate and holds the chunks' locks.
+func (d *Device) chargeMissing(list []missing) (charged []charge, err error) {
 	if d.limits.Load() == 0 {
 		return nil, nil
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return d.chargeAllLocked(func(i *Image) (n int64) {
-		for _, m := range list {
-			n += int64(bits.OnesCount16(d.lacksLocked(i, nil, m.chunk, m.mask)))
-		}
-		return n
+	err = errFaulted
+	d.guardedLocked(func() {
+		charged, err = d.chargeAllLocked(func(i *Image) (n int64) {
+			for _, m := range list {
+				n += int64(bits.OnesCount16(d.lacksLocked(i, nil, m.chunk, m.mask)))
+			}
+			return n
+		})
 	})
+	return charged, err
 }
 
 // chargeFolded has images count the blocks mask of chunk c, zeroes that took no slot

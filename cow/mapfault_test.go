@@ -12,6 +12,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // TestMemoryFaults empties each file that is mapped, under a device that is written to
@@ -229,6 +231,103 @@ func (u *users) read(i *Image, v byte, off, n int64) {
 func (u *users) allow(err error) {
 	if err != nil && !errors.Is(err, syscall.EIO) {
 		u.t.Errorf("%v, want EIO", err)
+	}
+}
+
+// protect has the words of a layer fault at the next access that prot does not allow.
+func protect(t *testing.T, i *Image, prot int) {
+	t.Helper()
+	m := i.layer.table.mem
+	if err := unix.Mprotect(m.Bytes()[:m.Len()], prot); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// newFaulty is a home that is open, and a channel that is closed when memory has faulted
+// and a new generation has begun.
+func newFaulty(t *testing.T, size int64) (h *home, began chan struct{}) {
+	t.Helper()
+	began = make(chan struct{})
+	h = newHome(t, size)
+	h.notify = func(e Event) {
+		if e.Kind == EventGeneration && strings.Contains(e.Text, "cannot be read any more") {
+			close(began)
+		}
+	}
+	h.open()
+	return h, began
+}
+
+// wantSound waits for the new generation and looks whether each slot was given back once.
+func (h *home) wantSound(began chan struct{}) {
+	h.t.Helper()
+	select {
+	case <-began:
+	case <-time.After(time.Minute):
+		h.t.Fatal("no new generation began")
+	}
+	if !h.dev.settle(time.Minute) {
+		h.t.Error("what is useless is not given back")
+	}
+	if err := h.pool.Check(); err != nil {
+		h.t.Error(err)
+	}
+	h.close()
+}
+
+// TestFaultInAFold has the older layer fault where it is to get a word of which a part is
+// useless: the newer layer has all of it then.
+func TestFaultInAFold(t *testing.T) {
+	if racing {
+		t.Skip("the race detector makes the store, and dies of the fault")
+	}
+	const size = chunkSize + 2*blockSize
+	h, began := newFaulty(t, size)
+	put(t, h.dev, 1, 0, size)
+	a := h.take("a")
+	put(t, h.dev, 2, 0, blockSize) // makes the leaf
+	if err := errors.Join(os.Truncate(filepath.Join(h.dir, "vda"), 2*chunkSize), h.dev.Resize()); err != nil {
+		t.Fatal(err)
+	}
+	gone := h.take("gone")
+	put(t, h.dev, 3, chunkSize, chunkSize)
+	h.take("c")
+	protect(t, a.Images()[0], unix.PROT_READ)
+	if err := gone.Destroy(true); err != nil {
+		t.Fatal(err)
+	}
+	h.wantSound(began)
+}
+
+// TestFaultBetweenSlotAndWord has a layer fault which is asked what its image has to count,
+// when the slot of another has got one block more.
+func TestFaultBetweenSlotAndWord(t *testing.T) {
+	for _, tc := range []struct {
+		name  string
+		write func(h *home, p []byte) error
+	}{
+		{"write", func(h *home, p []byte) error { return h.dev.Write(p, blockSize, false) }},
+		{"write that must not wait", func(h *home, p []byte) error {
+			u := &users{t: h.t, h: h}
+			return u.tryWrite(p, blockSize)
+		}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			h, began := newFaulty(t, chunkSize)
+			put(t, h.dev, 1, 0, chunkSize)
+			a, err := h.cat.Take("a", []*Device{h.dev}, TakeOptions{Limit: time.Minute, MaxStore: 1 << 20})
+			if err != nil {
+				t.Fatal(err)
+			}
+			h.take("b")
+			put(t, h.dev, 2, 0, blockSize)
+			protect(t, a.Images()[0], unix.PROT_NONE)
+			if err := tc.write(h, bytes.Repeat([]byte{3}, blockSize)); err != nil {
+				t.Error(err)
+			}
+			want(t, h.dev, 3, blockSize, blockSize)
+			h.wantSound(began)
+		})
 	}
 }
 
