@@ -55,6 +55,10 @@ type ChangesInfo struct {
 	Generation string `json:"generation"`
 	Number     uint64 `json:"number"`
 	Base       uint64 `json:"base"`
+
+	// Reason is why the generation began, as far as that is known: of a device, since
+	// the machine was started; of an image never.
+	Reason string `json:"reason,omitempty"`
 }
 
 // SnapshotInfo describes a snapshot as it is now.

@@ -36,7 +36,7 @@ func (d *Daemon) changesInfo(device string) (ChangesInfo, error) {
 	if err != nil {
 		return ChangesInfo{}, err
 	}
-	return describeChanges(dev.Tracking()), nil
+	return changesOf(dev), nil
 }
 
 // extents is what a copy has to read, by the rules of the tree's since/NUM. The

@@ -35,7 +35,7 @@ func (d *Daemon) describeDevice(dev *device) DeviceInfo {
 		State:     state,
 		Clients:   clients,
 		Snapshots: snapshots,
-		CBT:       describeChanges(dev.Tracking()),
+		CBT:       changesOf(dev),
 	}
 }
 
@@ -60,7 +60,14 @@ type tracking interface {
 }
 
 func describeChanges(t tracking) ChangesInfo {
-	return ChangesInfo{t.BlockSize(), t.Generation(), t.Number(), t.Base()}
+	return ChangesInfo{t.BlockSize(), t.Generation(), t.Number(), t.Base(), ""}
+}
+
+// changesOf describes a device's change tracking as of now.
+func changesOf(dev *device) ChangesInfo {
+	info := describeChanges(dev.Tracking())
+	info.Reason = dev.Reason()
+	return info
 }
 
 func (d *Daemon) snapshotInfos() []SnapshotInfo {

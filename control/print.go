@@ -105,12 +105,16 @@ func (o Output) Version(v VersionInfo) error {
 func (o Output) Changes(v ChangesInfo) error { return printOne(o, v, changesPairs("", v)...) }
 
 func changesPairs(prefix string, v ChangesInfo) []string {
-	return []string{
+	pairs := []string{
 		prefix + "block_size", strconv.FormatInt(v.BlockSize, 10),
 		prefix + "generation", v.Generation,
 		prefix + "number", decimal(v.Number),
 		prefix + "base", decimal(v.Base),
 	}
+	if v.Reason != "" {
+		pairs = append(pairs, prefix+"reason", v.Reason)
+	}
+	return pairs
 }
 
 // Snapshots prints a line for each snapshot.

@@ -161,7 +161,35 @@ func (d *Device) newGeneration(why string) {
 	d.noteGeneration(why)
 }
 
+// Reason says why the present generation began; empty where that is not known any more,
+// because the machine was started anew since.
+func (d *Device) Reason() string {
+	if why := d.began.Load(); why != nil {
+		return *why
+	}
+	return ""
+}
+
+// noteReason notes why the present generation began, also for the next start.
+func (d *Device) noteReason(why string) {
+	d.began.Store(&why)
+	d.always(func() {
+		b := d.leaseMemory.Bytes()
+		wordAt(b, reasonAt).Store(0)
+		n := copy(b[reasonTextAt:][:maxReason], why)
+		wordAt(b, reasonAt).Store(uint64(n))
+	})
+}
+
+// findReason finds what a predecessor noted.
+func (d *Device) findReason() {
+	b := d.leaseMemory.Bytes()
+	why := string(b[reasonTextAt:][:min(wordAt(b, reasonAt).Load(), maxReason)])
+	d.began.Store(&why)
+}
+
 func (d *Device) noteGeneration(why string) {
+	d.noteReason(why)
 	text := fmt.Sprintf("new generation %s: %s; a full copy is due", d.changes().Generation(), why)
 	d.cfg.Log.Warn("new generation", "text", text)
 	d.event(EventGeneration, "", text)

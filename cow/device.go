@@ -110,6 +110,7 @@ type Device struct {
 	limits atomic.Int32
 
 	failure atomic.Pointer[string] // why the device is failed
+	began   atomic.Pointer[string] // why the present generation did
 
 	// durable is what outlives the machine, nil where nothing does. lease is until
 	// when our own writes may stamp the origin (durable.go).

@@ -97,12 +97,18 @@ func (id identity) foreign(now identity, lease time.Time, sameBoot, clean bool) 
 //	   536     8  length of the other name that the origin was served under since, 0 where
 //	              it was not (othername.go); changes
 //	   544    64  that name
+//	   608    16  zero
+//	   624     8  length of why the generation began, 0 where that is not known; changes
+//	   632   512  that reason
 const (
-	leaseAt     = checkpointHeader
-	resizedAt   = leaseAt + 8
-	cutToAt     = resizedAt + 8
-	otherAt     = cutToAt + 8
-	otherNameAt = otherAt + 8
+	leaseAt      = checkpointHeader
+	resizedAt    = leaseAt + 8
+	cutToAt      = resizedAt + 8
+	otherAt      = cutToAt + 8
+	otherNameAt  = otherAt + 8
+	reasonAt     = otherNameAt + maxName + 16
+	reasonTextAt = reasonAt + 8
+	maxReason    = 512
 )
 
 // openLease maps the device's lease file, and returns the identity and the lease

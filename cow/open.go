@@ -125,7 +125,9 @@ func (d *Device) find() (lost, err error) {
 				d.cfg.Log.Warn("the record of writes begins anew", "err", err)
 			}
 		}
-		return lost, d.beginLease(mem)
+		err = d.beginLease(mem)
+		d.findReason()
+		return lost, err
 	}
 	if err := d.wipe(); err != nil {
 		return nil, err
