@@ -20,10 +20,14 @@ type home struct {
 	dir  string
 	size int64
 
-	state  string       // directory of what outlives the machine, empty where nothing does
-	moved  bool         // the origin is a copy that is taken for the original
-	notify func(Event)  // may be nil
-	step   func(string) // see Catalogue.step
+	state  string      // directory of what outlives the machine, empty where nothing does
+	moved  bool        // the origin is a copy that is taken for the original
+	notify func(Event) // may be nil
+
+	// wrap, if set, is put around the origin.
+	wrap func(originFile) originFile
+
+	step func(string) // see Catalogue.step
 
 	cat  *Catalogue
 	part *part
@@ -60,6 +64,9 @@ func (h *home) open() map[string]*Snapshot {
 	}
 	if h.moved {
 		o.file = movedFile{o.file}
+	}
+	if h.wrap != nil {
+		o.file = h.wrap(o.file)
 	}
 	if h.dev, err = h.cat.Open(o, h.pool, Config{Name: "vda", Notify: h.notify}); err != nil {
 		h.t.Fatal(err)

@@ -163,7 +163,10 @@ func (d *Device) closeDurable() error {
 	err := d.leave()
 	id, ierr := d.file.identify(false)
 	if ierr == nil {
-		d.always(func() { d.lease.Store(id.changed) }) // whatever comes later is not ours
+		d.always(func() { // whatever comes later is not ours
+			d.lease.Store(id.changed)
+			wordAt(d.leaseMemory.Bytes(), leftAt).Store(1)
+		})
 	}
 	return errors.Join(err, ierr)
 }

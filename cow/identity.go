@@ -97,7 +97,9 @@ func (id identity) foreign(now identity, lease time.Time, sameBoot, clean bool) 
 //	   536     8  length of the other name that the origin was served under since, 0 where
 //	              it was not (othername.go); changes
 //	   544    64  that name
-//	   608    16  zero
+//	   608     8  1 after a clean end: then the lease is the origin's change time, and nobody
+//	              of ours has changed it since; changes
+//	   616     8  reserved
 //	   624     8  length of why the generation began, 0 where that is not known; changes
 //	   632   512  that reason
 const (
@@ -106,7 +108,8 @@ const (
 	cutToAt      = resizedAt + 8
 	otherAt      = cutToAt + 8
 	otherNameAt  = otherAt + 8
-	reasonAt     = otherNameAt + maxName + 16
+	leftAt       = otherNameAt + maxName
+	reasonAt     = leftAt + 16
 	reasonTextAt = reasonAt + 8
 	maxReason    = 512
 )
@@ -136,7 +139,11 @@ func (d *Device) openLease() (mem *memory, was identity, lease time.Time, err er
 	if size := int64(wordAt(mem.Bytes(), cutToAt).Load()); size != 0 && size == d.Size() {
 		was.size = size // by the predecessor, in its last moment
 	}
-	return mem, was, time.Unix(0, int64(wordAt(mem.Bytes(), leaseAt).Load())), err
+	lease = time.Unix(0, int64(wordAt(mem.Bytes(), leaseAt).Load()))
+	if was.isFile() && wordAt(mem.Bytes(), leftAt).Load() != 0 {
+		was.changed = lease.UnixNano() // whatever the clock did since
+	}
+	return mem, was, lease, err
 }
 
 // servedAs returns why the content cannot be what we left, if the lease file says that
@@ -175,6 +182,7 @@ func (d *Device) beginLease(mem *memory) error {
 	wordAt(mem.Bytes(), resizedAt).Store(0)
 	wordAt(mem.Bytes(), cutToAt).Store(0)
 	wordAt(mem.Bytes(), otherAt).Store(0)
+	wordAt(mem.Bytes(), leftAt).Store(0)
 	d.lease = (*atomic.Int64)(unsafe.Pointer(&mem.Bytes()[leaseAt]))
 	d.lease.Store(max(d.lease.Load(), info.origin.changed))
 	mem.closeWhenUnused()
