@@ -177,7 +177,7 @@ func (d *Device) recoverChanges(noted int64) (map[uint64]*cbt.Frozen, error) {
 		m.Close()
 		d.cfg.TrackingBlock = m.BlockSize()
 		return d.recoverChanges(noted)
-	case m.Size() != d.Size() && noted != d.Size():
+	case m.Size() != d.Size() && m.Size() != noted && noted != d.Size():
 		return nil, fmt.Errorf("it is of a device of %d bytes, this has %d", m.Size(), d.Size())
 	}
 	// Whatever comes of the rest, numbers go on, and leave one out: who asks for
@@ -186,7 +186,7 @@ func (d *Device) recoverChanges(noted int64) (map[uint64]*cbt.Frozen, error) {
 	if d.cfg.TrackingBlock != 0 && d.cfg.TrackingBlock != m.BlockSize() {
 		return nil, fmt.Errorf("it has tracking blocks of %d bytes, asked for are %d", m.BlockSize(), d.cfg.TrackingBlock)
 	}
-	if m.Size() != d.Size() { // resized, but for this
+	if m.Size() != d.Size() { // resized, but for this; or by somebody else, which find sees
 		if err := m.Resize(d.Size()); err != nil {
 			return nil, err
 		}
