@@ -22,6 +22,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Catalogue knows the snapshots of a run directory. Its methods may be called
@@ -32,6 +34,10 @@ type Catalogue struct {
 	disk  stateDisk
 	boot  string
 	mem   *memory
+
+	// booted is when the machine was started, in nanoseconds since 1970; 0 where that
+	// is not known.
+	booted int64
 
 	// found are the snapshots that a predecessor left, by id. Their devices add
 	// the images when they are opened.
@@ -79,7 +85,7 @@ func OpenCatalogue(dir, state string) (c *Catalogue, why, err error) {
 	if err != nil {
 		return nil, nil, fmt.Errorf("open catalogue of snapshots: %w", err)
 	}
-	c.state = state
+	c.state, c.booted = state, bootTime()
 	return c, why, nil
 }
 
@@ -232,6 +238,18 @@ func bootID() (string, error) {
 		return "", fmt.Errorf("tell this boot from others: %w", err)
 	}
 	return strings.TrimSpace(string(b)), nil
+}
+
+// bootTime is when the machine was started, by the clock as it is set now, in nanoseconds
+// since 1970; 0 where that is not known.
+func bootTime() int64 {
+	var now, up unix.Timespec
+	// In this order it is never later than it was.
+	err := errors.Join(unix.ClockGettime(unix.CLOCK_REALTIME, &now), unix.ClockGettime(unix.CLOCK_BOOTTIME, &up))
+	if err != nil {
+		return 0
+	}
+	return now.Nano() - up.Nano()
 }
 
 // discardState removes what the engine keeps in a run directory.

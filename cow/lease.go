@@ -8,6 +8,11 @@
 //	in the run directory     a second, for a start in the same boot
 //	in the record of regions 30 seconds, for one after the machine went down
 //
+// After a reboot the second one ends when the machine was started, if it runs on: what was
+// stamped since is somebody else's. Where the clock was set back meanwhile our own stamps
+// look like that, too, and a new generation begins, which is never wrong. (Not seen is who
+// writes before a clock that was behind is set forward by more than the machine was up.)
+//
 // A write renews what runs out before it is let in. It may stamp the inode at any time
 // until it returns: an origin can hang for minutes. While anybody is inside the gate a
 // timer keeps both leases running. It goes on until they have run out, so a write that

@@ -84,6 +84,8 @@ type powerLife struct {
 	pool  *store.Pool
 	dev   *Device
 
+	booted int64 // when the machine was started; 0: right before the device is opened
+
 	facts    powerFacts
 	timeline []powerFacts
 	value    uint64
@@ -114,7 +116,7 @@ func (l *powerLife) start() {
 	if l.cat, err = openCatalogue(l.dir, fmt.Sprintf("%036d", l.rng.Uint64())); err != nil {
 		l.fatalf("%v", err)
 	}
-	l.cat.state, l.cat.disk = "/state", l.disks
+	l.cat.state, l.cat.disk, l.cat.booted = "/state", l.disks, cmp.Or(l.booted, time.Now().UnixNano())
 	m, err := store.OpenMem(256 << 20)
 	if err != nil {
 		l.fatalf("%v", err)

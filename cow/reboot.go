@@ -104,9 +104,13 @@ func (d *Device) recoverMap(c *checkpointFile, r *regions) error {
 	if err != nil {
 		return err
 	}
+	lease := r.state.lease
+	if c.boot != d.cat.boot && d.cat.booted != 0 {
+		lease = min(lease, d.cat.booted) // who wrote since the machine was started is not us
+	}
 	// What was there when the map was written down is ours: there may have been no write
 	// since that needed the lease.
-	lease := max(r.state.lease, c.origin.changed)
+	lease = max(lease, c.origin.changed)
 	if err := c.origin.foreign(now, time.Unix(0, lease), c.boot == d.cat.boot, clean); err != nil {
 		return err
 	}

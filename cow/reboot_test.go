@@ -7,6 +7,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // newPowerLife is a life that a test leads itself, the same every time.
@@ -49,7 +51,7 @@ func (l *powerLife) lose(p float64) *powerLife {
 	l.t.Helper()
 	next := &powerLife{
 		t: l.t, rng: l.rng, disks: l.disks.afterCut(l.disks.length(), p, l.rng), block: l.block, still: l.still,
-		facts: l.facts.clone(), value: l.value, where: fmt.Sprintf("%s, cut with %.0f %% left", l.where, 100*p),
+		booted: l.booted, facts: l.facts.clone(), value: l.value, where: fmt.Sprintf("%s, cut with %.0f %% left", l.where, 100*p),
 	}
 	next.disks.before = next.ask
 	next.check()
@@ -251,4 +253,59 @@ func TestFoundStateIsForgotten(t *testing.T) {
 		t.Error("the generation is back that a start has ended")
 	}
 	close(release)
+}
+
+// TestForeignWriteSoonAfterTheBoot starts the machine again within the lease, and has
+// somebody else write to the origin before us: what is stamped after the boot is not ours.
+func TestForeignWriteSoonAfterTheBoot(t *testing.T) {
+	for _, tc := range []struct {
+		name   string
+		booted func(written, foreign int64) int64
+		kept   bool
+	}{
+		{"before the boot, as ours", func(_, foreign int64) int64 { return foreign }, true},
+		{"after the boot", func(_, foreign int64) int64 { return foreign - 1 }, false},
+		{"with a clock that was set back", func(written, _ int64) int64 { return written - 1 }, false},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			l := newPowerLife(t)
+			l.keep()
+			l.take()
+			was := l.dev.Changes().Generation()
+			l.put(0)
+			written := l.disks.origin.changed
+			for time.Now().UnixNano() <= written {
+			}
+			if !tc.kept {
+				l.unkept("foreign")
+			}
+			if _, err := (diskOrigin{disks: l.disks}).WriteAt(make([]byte, SectorSize), 5<<regionShift); err != nil {
+				t.Fatal(err)
+			}
+			foreign := l.disks.origin.changed
+			if until := l.dev.durable.Load().lease.Load(); foreign > until {
+				t.Skipf("the write came %v after the lease", time.Duration(foreign-until))
+			}
+			l.booted = tc.booted(written, foreign)
+			next := l.lose(1)
+			why, _ := next.why.Load().(string)
+			if kept := next.dev.Changes().Generation() == was; kept != tc.kept || !kept && !strings.Contains(why, "behind our back") {
+				t.Errorf("the generation is kept: %v, because %q\nwant %v", kept, why, tc.kept)
+			}
+		})
+	}
+}
+
+// TestBootTime compares it with the uptime that the kernel tells in seconds.
+func TestBootTime(t *testing.T) {
+	var info unix.Sysinfo_t
+	from := time.Now()
+	if err := unix.Sysinfo(&info); err != nil {
+		t.Fatal(err)
+	}
+	up := time.Duration(info.Uptime) * time.Second
+	from, to := from.Add(-up-time.Second), time.Now().Add(-up+time.Second) // it may be rounded either way
+	if got := time.Unix(0, bootTime()); got.Before(from) || got.After(to) {
+		t.Errorf("the machine was started at %v, want from %v to %v", got, from, to)
+	}
 }
