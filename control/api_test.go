@@ -24,7 +24,7 @@ func TestAPI(t *testing.T) {
 	c := serveTest(t, d)
 	ctx := t.Context()
 
-	added, err := c.AddDevice(ctx, "vdb="+makeOrigin(t, 2<<20), DeviceConfig{TrackingBlock: 4096, StoreWait: time.Second})
+	added, err := c.AddDevice(ctx, "vdb="+makeOrigin(t, 2<<20), DeviceConfig{TrackingBlock: 4096, StoreWait: new(time.Second)})
 	if err != nil {
 		t.Fatal(err)
 	}

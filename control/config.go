@@ -26,8 +26,8 @@ import (
 // configFile is read where it exists and no other is named.
 const configFile = "/etc/blksnap.yaml"
 
-// Config is what serve is told, as it was given: nothing is filled in yet, and a
-// nil switch was not given. The tags are the flags of the command line and the keys
+// Config is what serve is told, as it was given: nothing is filled in yet, and what is
+// nil was not given. The tags are the flags of the command line and the keys
 // of the file.
 type Config struct {
 	Origin []string `arg:"" optional:"" sep:"none" name:"origin" placeholder:"[NAME=]ORIGIN" yaml:"origin" help:"Raw image file or block device to protect, under its name (default: its base name without extension)."`
@@ -43,9 +43,9 @@ type Config struct {
 	TLSCerts       string `name:"tls-certs" placeholder:"DIR" yaml:"tls-certs" help:"Offer TLS with the certificates in DIR (ca-cert.pem, server-cert.pem, server-key.pem) to clients with one of that authority."`
 	AllowPlaintext *bool  `negatable:"" yaml:"allow-plaintext" help:"Serve other machines without TLS, too: anybody who reaches the socket can read and write the disks."`
 
-	IdleTimeout time.Duration `placeholder:"DURATION" yaml:"idle-timeout" help:"Drop an NBD client that sends nothing, or takes no reply, for so long; its disk is gone then unless it reconnects (never)."`
+	IdleTimeout *time.Duration `placeholder:"DURATION" yaml:"idle-timeout" help:"Drop an NBD client that sends nothing, or takes no reply, for so long; its disk is gone then unless it reconnects (never)."`
 
-	OnStoreLow string `placeholder:"CMD" yaml:"on-store-low" help:"Run CMD with sh when the snapstore runs low, with its figures in the environment: BLKSNAP_STORE_SIZE, _FREE, _RATE (bytes a second), _LEFT (seconds), and BLKSNAP_CONTROL."`
+	OnStoreLow *string `placeholder:"CMD" yaml:"on-store-low" help:"Run CMD with sh when the snapstore runs low, with its figures in the environment: BLKSNAP_STORE_SIZE, _FREE, _RATE (bytes a second), _LEFT (seconds), and BLKSNAP_CONTROL."`
 
 	AllowOther *bool `negatable:"" yaml:"allow-other" help:"Show the tree to other users too."`
 	Force      *bool `negatable:"" yaml:"force" help:"Take a store's file or device although it holds something else."`
@@ -55,8 +55,8 @@ type Config struct {
 
 // DeviceConfig is what can be set for each device when it is added.
 type DeviceConfig struct {
-	TrackingBlock Size          `placeholder:"SIZE" yaml:"tracking-block" json:"tracking_block,omitempty" help:"Unit of the changed-block map, a power of two from 4KiB to 16MiB (what it was; 64KiB for a new device). Another one begins a new generation."`
-	StoreWait     time.Duration `placeholder:"DURATION" yaml:"store-wait" json:"store_wait,omitempty" help:"How long a write waits for space in a full snapstore before snapshots are lost (0s)."`
+	TrackingBlock Size           `placeholder:"SIZE" yaml:"tracking-block" json:"tracking_block,omitempty" help:"Unit of the changed-block map, a power of two from 4KiB to 16MiB (what it was; 64KiB for a new device). Another one begins a new generation."`
+	StoreWait     *time.Duration `placeholder:"DURATION" yaml:"store-wait" json:"store_wait,omitempty" help:"How long a write waits for space in a full snapstore before snapshots are lost (0s)."`
 }
 
 // The tracking blocks that a device can have, in bytes.
@@ -71,10 +71,18 @@ func (c DeviceConfig) check() error {
 	if b := c.TrackingBlock; b != 0 && (b < minTrackingBlock || b > maxTrackingBlock || b&(b-1) != 0) {
 		return refuse(syscall.EINVAL, "tracking block of %d bytes is not a power of two from 4KiB to 16MiB", b)
 	}
-	if c.StoreWait < 0 {
-		return refuse(syscall.EINVAL, "store wait of %s is less than nothing", c.StoreWait)
+	if wait := given(c.StoreWait); wait < 0 {
+		return refuse(syscall.EINVAL, "store wait of %s is less than nothing", wait)
 	}
 	return nil
+}
+
+// given is what p points to, and the zero value where it was not given.
+func given[T any](p *T) (v T) {
+	if p != nil {
+		v = *p
+	}
+	return v
 }
 
 // Size is a number of bytes that reads 512, 64KiB, 10GiB or 1TiB.

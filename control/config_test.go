@@ -55,8 +55,8 @@ store-wait: 1m30s
 			want: Config{
 				Origin: []string{"vda=/srv/vda.img", "/dev/sdb"}, Mount: "none", Run: "/r",
 				Listen: []string{"unix:///s", "tcp://localhost"}, Control: "/c",
-				Store: []string{"mem:1GiB", "file:/f:10GiB"}, State: "/s", TLSCerts: "/t", OnStoreLow: "true", IdleTimeout: 10 * time.Minute, AllowPlaintext: &yes, AllowOther: &yes, Force: &yes,
-				DeviceConfig: DeviceConfig{TrackingBlock: 4096, StoreWait: 90 * time.Second},
+				Store: []string{"mem:1GiB", "file:/f:10GiB"}, State: "/s", TLSCerts: "/t", OnStoreLow: new("true"), IdleTimeout: new(10 * time.Minute), AllowPlaintext: &yes, AllowOther: &yes, Force: &yes,
+				DeviceConfig: DeviceConfig{TrackingBlock: 4096, StoreWait: new(90 * time.Second)},
 			},
 		},
 		{name: "list of one without brackets", text: "store: mem", want: Config{Store: []string{"mem"}}},
@@ -93,15 +93,16 @@ store-wait: 1m30s
 
 // TestFlagsWin merges a file with flags that say otherwise.
 func TestFlagsWin(t *testing.T) {
-	path := writeConfig(t, "origin: /f.img\nrun: /f\nstate: /f\nstore: [mem, file:/f]\nstore-wait: 1s\nidle-timeout: 2s\nallow-other: true\nforce: true\n")
+	path := writeConfig(t, "origin: /f.img\nrun: /f\nstate: /f\nstore: [mem, file:/f]\nstore-wait: 1s\nidle-timeout: 2s\non-store-low: \"true\"\nallow-other: true\nforce: true\n")
 	yes, no := true, false
 	flags := Config{
 		File:         path,
 		Origin:       []string{"/flag.img"},
 		State:        "/flag",
 		Store:        []string{"dev:/flag"},
+		OnStoreLow:   new(""),
 		Force:        &no,
-		DeviceConfig: DeviceConfig{TrackingBlock: 8192},
+		DeviceConfig: DeviceConfig{TrackingBlock: 8192, StoreWait: new(time.Duration(0))},
 	}
 	got, err := flags.withFile()
 	if err != nil {
@@ -113,10 +114,11 @@ func TestFlagsWin(t *testing.T) {
 		Run:          "/f",
 		State:        "/flag",
 		Store:        []string{"dev:/flag"},
-		IdleTimeout:  2 * time.Second,
+		IdleTimeout:  new(2 * time.Second),
+		OnStoreLow:   new(""),
 		AllowOther:   &yes,
 		Force:        &no,
-		DeviceConfig: DeviceConfig{TrackingBlock: 8192, StoreWait: time.Second},
+		DeviceConfig: DeviceConfig{TrackingBlock: 8192, StoreWait: new(time.Duration(0))},
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("flags and file, -want +got:\n%s", diff)
@@ -143,7 +145,7 @@ func TestDeviceConfigCheck(t *testing.T) {
 		{"too large", DeviceConfig{TrackingBlock: 32 << 20}, false},
 		{"no power of two", DeviceConfig{TrackingBlock: 12288}, false},
 		{"negative", DeviceConfig{TrackingBlock: -4096}, false},
-		{"negative wait", DeviceConfig{StoreWait: -1}, false},
+		{"negative wait", DeviceConfig{StoreWait: new(time.Duration(-1))}, false},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			if err := tc.in.check(); (err == nil) != tc.ok {

@@ -80,7 +80,7 @@ func (d *Daemon) openDevice(ctx context.Context, q DeviceRequest) (*cow.Device, 
 		Name:          q.Name,
 		TrackingBlock: int64(q.TrackingBlock),
 		Number:        d.firstNumber(),
-		StoreWait:     q.StoreWait,
+		StoreWait:     given(q.StoreWait),
 		Log:           d.log,
 		Notify:        d.noteEngine,
 	})

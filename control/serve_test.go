@@ -207,7 +207,7 @@ func TestUmountStops(t *testing.T) {
 // asked for.
 func TestServeIdle(t *testing.T) {
 	c := testConfig(t, "vda="+makeOrigin(t, 1<<20))
-	c.Mount, c.IdleTimeout = "none", 50*time.Millisecond
+	c.Mount, c.IdleTimeout = "none", new(50*time.Millisecond)
 	start(t, c)
 	conn, err := net.Dial("unix", c.Run+"/nbd.sock")
 	if err != nil {

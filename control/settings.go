@@ -51,10 +51,9 @@ func settle(c Config, passed bool) (s settings, err error) {
 			return s, err
 		}
 	}
-	on := func(given *bool) bool { return given != nil && *given }
-	s.allowOther, s.force, s.allowPlaintext = on(c.AllowOther), on(c.Force), on(c.AllowPlaintext)
-	s.onStoreLow = c.OnStoreLow
-	if s.idleTimeout = c.IdleTimeout; s.idleTimeout < 0 {
+	s.allowOther, s.force, s.allowPlaintext = given(c.AllowOther), given(c.Force), given(c.AllowPlaintext)
+	s.onStoreLow = given(c.OnStoreLow)
+	if s.idleTimeout = given(c.IdleTimeout); s.idleTimeout < 0 {
 		return s, refuse(syscall.EINVAL, "idle timeout %v: must not be negative", s.idleTimeout)
 	}
 	if s.tls, err = loadTLS(c.TLSCerts); err != nil {

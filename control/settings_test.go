@@ -7,6 +7,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -94,7 +95,7 @@ func TestSettleRefuses(t *testing.T) {
 	}{
 		{"two devices of one name", Config{Origin: []string{"/a/x.img", "/b/x.img"}}, "origins /a/x.img and /b/x.img are both named x: write NAME=/b/x.img"},
 		{"bad tracking block", Config{DeviceConfig: DeviceConfig{TrackingBlock: 1}}, "tracking block of 1 bytes is not a power of two from 4KiB to 16MiB"},
-		{"negative idle timeout", Config{IdleTimeout: -1}, "idle timeout -1ns: must not be negative"},
+		{"negative idle timeout", Config{IdleTimeout: new(time.Duration(-1))}, "idle timeout -1ns: must not be negative"},
 		{"store of no kind", Config{Store: []string{"tape:/dev/st0"}}, `snapstore "tape:/dev/st0": it is none of mem[:LIMIT], file:PATH[:LIMIT] and dev:PATH`},
 		{"store that is an origin", Config{Origin: []string{"vda=" + origin}, Store: []string{"file:" + origin}}, "snapstore file:" + origin + " is the origin of device vda"},
 		{"store that leads to an origin", Config{Origin: []string{"vda=" + origin}, Store: []string{"mem", "file:" + link}}, "snapstore file:" + link + " is the origin of device vda"},
