@@ -178,14 +178,12 @@ func (d *Device) leave() error {
 		return nil
 	}
 	deadline := time.Now().Add(d.cfg.PreserveLimit)
+	defer func() { within(time.Until(deadline), u.regions.file.Close) }() // which the end of the lease is written to
 	if err := d.flush(true); err != nil {
 		d.endLease(u, deadline)
 		return err
 	}
-	err := within(d.cfg.PreserveLimit/2, func() error {
-		defer u.regions.file.Close()
-		return d.writeLast(u)
-	})
+	err := within(d.cfg.PreserveLimit/2, func() error { return d.writeLast(u) })
 	if err != nil {
 		d.cfg.Log.Warn("the change map cannot be written down: after a reboot more counts as changed", "err", err)
 		d.endLease(u, deadline)

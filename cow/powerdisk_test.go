@@ -337,7 +337,7 @@ func (d *disks) open(name string, create bool) (durableFile, error) {
 		n = newNode(0)
 		d.doLocked(&diskOp{what: "names", node: dir, names: map[string]*inode{base: n}})
 	}
-	return &diskFile{d, n, name}, nil
+	return &diskFile{disks: d, node: n, name: name}, nil
 }
 
 func (d *disks) rename(from, to string) error {
@@ -424,9 +424,18 @@ func (d *disks) syncDir(name string) error {
 
 // diskFile is an open file of the state disk.
 type diskFile struct {
-	disks *disks
-	node  *inode
-	name  string
+	disks  *disks
+	node   *inode
+	name   string
+	closed atomic.Bool
+}
+
+// ask is disks.ask for what changes the file.
+func (f *diskFile) ask(what string) error {
+	if f.closed.Load() {
+		return fs.ErrClosed
+	}
+	return f.disks.ask(what + " " + f.name)
 }
 
 func (f *diskFile) ReadAt(p []byte, off int64) (int, error) {
@@ -436,7 +445,7 @@ func (f *diskFile) ReadAt(p []byte, off int64) (int, error) {
 }
 
 func (f *diskFile) WriteAt(p []byte, off int64) (int, error) {
-	if err := f.disks.ask("write " + f.name); err != nil {
+	if err := f.ask("write"); err != nil {
 		return 0, err
 	}
 	f.disks.mu.Lock()
@@ -447,7 +456,7 @@ func (f *diskFile) WriteAt(p []byte, off int64) (int, error) {
 
 func (f *diskFile) Sync() error {
 	begun := f.disks.length()
-	if err := f.disks.ask("sync " + f.name); err != nil {
+	if err := f.ask("sync"); err != nil {
 		return err
 	}
 	f.disks.mu.Lock()
@@ -456,7 +465,10 @@ func (f *diskFile) Sync() error {
 	return nil
 }
 
-func (f *diskFile) Close() error { return nil }
+func (f *diskFile) Close() error {
+	f.closed.Store(true)
+	return nil
+}
 
 // diskOrigin is the origin on the disks.
 type diskOrigin struct {
