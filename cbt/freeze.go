@@ -143,14 +143,15 @@ func (m *Map) copyLocked(t *tree) *tree {
 
 // recordLocked gives t a record of its own, and commits it as the live map's.
 func (m *Map) recordLocked(t *tree) {
-	t.record = m.records[len(m.records)-1]
-	m.records = m.records[:len(m.records)-1]
+	last := len(m.records) - 1
+	t.record = m.records[last]
 	p := m.bytes[t.record:][:recordSize]
 	t.history.encode(p)
 	m.store(t.record+recordRoot, t.root.Load())
 	m.store(t.record+recordBytes, uint64(t.size))
 	m.store(t.record+recordState, stateOf(t.lost.Load()))
 	m.store(headerLive, commitWord(t.record, p))
+	m.records = m.records[:last] // now, because who faulted above begins again
 
 	// No Mark runs, so none holds a link to what was replaced; readers may.
 	m.dropLocked(m.replaced)

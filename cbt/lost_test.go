@@ -2,6 +2,7 @@ package cbt
 
 import (
 	"errors"
+	"runtime/debug"
 	"slices"
 	"sync"
 	"testing"
@@ -319,4 +320,36 @@ func TestEpochsEnd(t *testing.T) {
 	v := m.View()
 	defer v.Release()
 	wantChanged(t, v, 1, [2]int64{0, block})
+}
+
+// TestResetAgain begins a generation in memory that faults when its record is written, and
+// again when it does not: the last record is still there.
+func TestResetAgain(t *testing.T) {
+	mem := newMapped(t, 64*nodeSize)
+	m := newTestMap(t, mem, 1<<30)
+	for len(m.records) > 1 {
+		if _, err := m.Freeze(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := unix.Mprotect(mem.bytes[:mem.n], unix.PROT_NONE); err != nil {
+		t.Fatal(err)
+	}
+	faults := func() (faulted bool) {
+		defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+		defer func() { faulted = recover() != nil }()
+		m.Reset(uuid.New())
+		return false
+	}
+	if !faults() {
+		t.Fatal("nothing faulted")
+	}
+	if err := unix.Mprotect(mem.bytes[:mem.n], unix.PROT_READ|unix.PROT_WRITE); err != nil {
+		t.Fatal(err)
+	}
+	generation := uuid.New()
+	m.Reset(generation)
+	if m.Generation() != generation {
+		t.Errorf("generation\n got %v\nwant %v", m.Generation(), generation)
+	}
 }

@@ -3,6 +3,7 @@ package cow
 import (
 	"bytes"
 	"errors"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"sync/atomic"
@@ -27,6 +28,7 @@ type home struct {
 	// wrap, if set, is put around the origin.
 	wrap func(originFile) originFile
 
+	log  *slog.Logger // may be nil
 	step func(string) // see Catalogue.step
 
 	cat  *Catalogue
@@ -68,7 +70,7 @@ func (h *home) open() map[string]*Snapshot {
 	if h.wrap != nil {
 		o.file = h.wrap(o.file)
 	}
-	if h.dev, err = h.cat.Open(o, h.pool, Config{Name: "vda", Notify: h.notify}); err != nil {
+	if h.dev, err = h.cat.Open(o, h.pool, Config{Name: "vda", Notify: h.notify, Log: h.log}); err != nil {
 		h.t.Fatal(err)
 	}
 	snaps := make(map[string]*Snapshot)
@@ -100,6 +102,20 @@ func (h *home) take(name string) *Snapshot {
 		h.t.Fatal(err)
 	}
 	return s
+}
+
+// keep waits until the change map is written down.
+func (h *home) keep() {
+	h.t.Helper()
+	for {
+		h.dev.keeping <- struct{}{}
+		kept := h.dev.durable.Load() != nil
+		<-h.dev.keeping
+		if kept {
+			return
+		}
+		time.Sleep(time.Millisecond)
+	}
 }
 
 // close closes what is left when the device is closed.

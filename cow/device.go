@@ -167,6 +167,7 @@ type Device struct {
 	unwanted []addition          // of a rollback, for the same round
 	stuck    map[store.Slot]bool // slots in use in which a write hangs
 	closed   bool
+	late     []lateFault // which nobody was told of yet
 }
 
 // path is where the device keeps a file in its run directory; empty where it keeps
@@ -212,6 +213,7 @@ func (d *Device) Close() error {
 	d.copier.close()
 	err = errors.Join(err, d.closeDurable())
 	d.changes().Close()
+	d.tellLate()
 	err = errors.Join(err, d.origin.Close())
 	if err != nil {
 		return fmt.Errorf("close %s: %w", d.name, err)

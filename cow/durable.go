@@ -95,7 +95,7 @@ func (d *Device) checkpoint() error {
 		return err
 	}
 	view := d.changes().View()
-	defer view.Release()
+	defer d.always(view.Release)
 	info.number, info.base, info.generation = view.Number(), view.Base(), view.Generation()
 	// The origin must not look older than its map says after a loss of power.
 	if err := d.flush(true); err != nil {
@@ -167,6 +167,7 @@ func (d *Device) closeDurable() error {
 			d.lease.Store(id.changed)
 			wordAt(d.leaseMemory.Bytes(), leftAt).Store(1)
 		})
+		ierr = d.replaceLease() // else the next start takes the device for a new one
 	}
 	return errors.Join(err, ierr)
 }
@@ -198,7 +199,7 @@ func (d *Device) writeLast(u *durable) error {
 		return err
 	}
 	view := d.changes().View()
-	defer view.Release()
+	defer d.always(view.Release)
 	if err := d.writeMap(info, view); err != nil {
 		return err
 	}

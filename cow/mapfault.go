@@ -160,8 +160,39 @@ func (d *Device) loseMemoryLocked(r any, all bool) {
 		d.noteLostLocked(i)
 		d.retireImageLocked(i)
 	}
-	if all && !d.closed {
+	switch {
+	case !all:
+	case d.closed:
+		d.late = append(d.late, lateFault{why, lost})
+	default:
 		d.running.Go(func() { d.beginAnew(why, lost) })
+	}
+}
+
+// lateFault is what a fault has cost that came while the device closed. No generation
+// begins any more: what is written down of the map is as sound as it was, and a map that
+// was lost itself is an empty file, which the next start notices.
+type lateFault struct {
+	why  string
+	lost []*Image
+}
+
+// tellLate tells of what faults have cost while the device closed.
+func (d *Device) tellLate() {
+	d.mu.Lock()
+	late := d.late
+	d.late = nil
+	d.mu.Unlock()
+	for _, f := range late {
+		d.tellFault(f.why, f.lost)
+	}
+}
+
+// tellFault tells of the images that a fault has cost.
+func (d *Device) tellFault(why string, lost []*Image) {
+	d.cfg.Log.Error("state lost", "err", why)
+	for _, i := range lost {
+		d.tellBroken(i, EventSnapshotFailed, errors.New(why))
 	}
 }
 
@@ -175,11 +206,7 @@ func (d *Device) noteLostLocked(i *Image) {
 
 // beginAnew tells of the images that a fault has cost, and begins a new generation.
 func (d *Device) beginAnew(why string, lost []*Image) {
-	err := errors.New(why)
-	d.cfg.Log.Error("state lost", "err", why)
-	for _, i := range lost {
-		d.tellBroken(i, EventSnapshotFailed, err)
-	}
+	d.tellFault(why, lost)
 	for {
 		err := d.Reset(why)
 		if err == nil {

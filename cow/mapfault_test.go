@@ -3,6 +3,7 @@ package cow
 import (
 	"bytes"
 	"errors"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -329,6 +330,123 @@ func TestFaultBetweenSlotAndWord(t *testing.T) {
 			h.wantSound(began)
 		})
 	}
+}
+
+// TestFaultWhileShrinking has a layer fault where what a device loses is to be preserved.
+func TestFaultWhileShrinking(t *testing.T) {
+	h, began := newFaulty(t, 4*chunkSize)
+	put(t, h.dev, 1, 0, 4*chunkSize)
+	a := h.take("a")
+	put(t, h.dev, 2, 0, blockSize)
+	protect(t, a.Images()[0], unix.PROT_NONE)
+	if err := h.dev.Shrink(chunkSize); err != nil {
+		t.Error(err)
+	}
+	want(t, h.dev, 2, 0, blockSize)
+	h.wantSound(began)
+}
+
+// TestFaultInACheckpoint has the change map fault when it was written down: who gives a
+// view of it back looks into it.
+func TestFaultInACheckpoint(t *testing.T) {
+	l := newPowerLife(t)
+	l.dir = t.TempDir()
+	l.keep()
+	l.take() // who looked at the map until now has another one
+	l.put(0)
+	written, faulty := make(chan struct{}), make(chan struct{})
+	l.disks.before = func(what string) error {
+		if what == "rename /state/devices/vda/map.new" {
+			close(written)
+			<-faulty
+		}
+		return nil
+	}
+	checkpoint := begin(l.checkpoint)
+	<-written
+	l.unkept("fault")
+	// Only the view has the root of now when these are over.
+	for range 2 {
+		l.take()
+		l.put(0)
+	}
+	for _, s := range l.snaps {
+		l.must(s.Destroy(true))
+	}
+	l.disks.before = nil
+	mem := l.dev.mapMemory
+	l.must(unix.Mprotect(mem.Bytes()[:mem.Len()], unix.PROT_NONE))
+	close(faulty)
+	l.must(<-checkpoint)
+	if !mem.lost.Load() {
+		t.Error("nobody looked into the map")
+	}
+	l.put(1 << regionShift)
+}
+
+// TestFaultWhileClosing has memory fault while the device closes, with a write in flight.
+// It is told, closing is no failure, and the next start takes nothing for sound that is not.
+func TestFaultWhileClosing(t *testing.T) {
+	for _, tc := range []struct {
+		name  string
+		sound bool // the snapshot is
+	}{{"layer-0", false}, {"lease", true}, {"changes", false}} {
+		t.Run(tc.name, func(t *testing.T) { testFaultWhileClosing(t, tc.name, tc.sound) })
+	}
+}
+
+func testFaultWhileClosing(t *testing.T, name string, sound bool) {
+	h := newHome(t, 4*chunkSize)
+	h.state = filepath.Join(h.dir, "state")
+	log := new(bytes.Buffer)
+	h.log = slog.New(slog.NewTextHandler(log, nil))
+	h.open()
+	h.keep()
+	put(t, h.dev, 1, 0, 4*chunkSize)
+	a := h.take("a")
+	was, generation := a.Images()[0].Changes().Number(), h.dev.Changes().Generation()
+	entered, release := stop(h.part.hook, "write", 0)
+	wrote := begin(func() error { return h.dev.Write(bytes.Repeat([]byte{2}, blockSize), 0, false) })
+	<-entered
+	closed := begin(h.dev.Close)
+	<-h.dev.stop
+	if err := os.Truncate(h.layer(name), 0); err != nil {
+		t.Fatal(err)
+	}
+	close(release)
+	if err := errors.Join(<-wrote, <-closed); err != nil {
+		t.Error(err)
+	}
+	if !strings.Contains(log.String(), "cannot be read any more") {
+		t.Errorf("the log does not say what was lost:\n%s", log)
+	}
+	h.close()
+
+	s := h.open()["a"]
+	if got := s != nil && s.State() == "ok"; got != sound {
+		t.Errorf("the snapshot is sound: %v, want %v", got, sound)
+	} else if sound {
+		want(t, s.Images()[0], 1, 0, 4*chunkSize)
+	}
+	want(t, h.dev, 2, 0, blockSize)
+	// The map as it is, or what was written down of it and all that was written since.
+	if got := h.dev.Changes().Generation(); got != generation {
+		t.Errorf("generation\n got %v\nwant %v", got, generation)
+	}
+	since, ok := h.dev.Changes().Since(was)
+	if !ok {
+		t.Fatal("what changed since the snapshot is not known")
+	}
+	var list []Run
+	for r, err := range since {
+		if list = append(list, r); err != nil {
+			t.Error(err)
+		}
+	}
+	if len(list) != 1 || list[0].Off != 0 {
+		t.Errorf("changed are %v, want one run that begins at 0", list)
+	}
+	h.close()
 }
 
 // TestMemoryIsGivenUpWhileItGrows gives a file up while it grows: it is empty afterwards,

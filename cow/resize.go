@@ -179,7 +179,7 @@ func (d *Device) preserveTail(size int64) error {
 		if !ok {
 			return ErrStopping
 		}
-		err := d.preserve(off, n, spareImages)
+		err := d.preserveGuarded(off, n, spareImages)
 		d.writers.leave(g)
 		if err != nil {
 			return err
