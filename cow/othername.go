@@ -11,14 +11,17 @@ package cow
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
-// sameDisk says whether now is what id was, in the same boot or in another. Of block
-// devices in another boot only their content tells.
+// sameDisk says whether now is what id was, in the same boot or in another, or one of them
+// a partition of the other. Of block devices in another boot only their content tells.
 func (id identity) sameDisk(now identity, sameBoot bool) bool {
 	switch {
 	case id.isFile() != now.isFile():
@@ -26,9 +29,15 @@ func (id identity) sameDisk(now identity, sameBoot bool) bool {
 	case id.isFile():
 		return id.ino == now.ino && (id.dev == now.dev || !sameBoot)
 	case sameBoot:
-		return id.dev == now.dev && id.diskSeq == now.diskSeq
+		return id.diskSeq == now.diskSeq && (id.dev == now.dev || id.diskSeq != 0 && !(isPartition(id.dev) && isPartition(now.dev)))
 	}
 	return id.size == now.size && id.print == now.print
+}
+
+// isPartition says whether a block device is a part of another.
+func isPartition(dev uint64) bool {
+	_, err := os.Stat(fmt.Sprintf("/sys/dev/block/%d:%d/partition", unix.Major(dev), unix.Minor(dev)))
+	return err == nil
 }
 
 // tellOthers notes with each other device that was this disk that it is served under

@@ -1,10 +1,16 @@
 package cow
 
 import (
+	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
 
 	"blksnap/store"
 )
@@ -32,6 +38,8 @@ func TestOtherName(t *testing.T) {
 		{"a disk, the same name, rebooted", true, []string{"a"}, true, true, true, ""},
 		{"a disk, another name, rebooted", true, []string{"b"}, true, true, false, "given up before the machine went down"},
 		{"a file, another name, rebooted", false, []string{"b"}, true, true, false, "written or changed behind our back"},
+		{"a partition, its disk", true, []string{"whole"}, true, false, false, `served as device "whole" meanwhile`},
+		{"a partition, another one", true, []string{"second"}, true, false, true, ""},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			dir := t.TempDir()
@@ -41,6 +49,10 @@ func TestOtherName(t *testing.T) {
 			}
 			if tc.block {
 				origin = newLoop(t, origin)
+			}
+			origins := map[string]string{"a": origin, "b": origin, "c": origin}
+			if strings.HasPrefix(tc.name, "a partition") {
+				origins = map[string]string{"whole": origin, "a": addPartition(t, origin, 1, 0, size-1<<20), "second": addPartition(t, origin, 2, size-1<<20, 1<<20)}
 			}
 			boot, boots := thisBoot(t), 0
 			// serve returns the generation, and why it is a new one.
@@ -61,7 +73,7 @@ func TestOtherName(t *testing.T) {
 					t.Fatal(err)
 				}
 				pool := store.NewPool(part)
-				o, err := OpenOrigin(origin)
+				o, err := OpenOrigin(origins[name])
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -91,7 +103,7 @@ func TestOtherName(t *testing.T) {
 			}
 			write := func(d *Device) {
 				if tc.write {
-					put(t, d, 1, 2<<20, 4096) // not where a fingerprint looks
+					put(t, d, 1, d.Size()/2, 4096) // not where a fingerprint looks
 				}
 			}
 			was, _ := serve("a", write)
@@ -103,5 +115,39 @@ func TestOtherName(t *testing.T) {
 				t.Errorf("generation kept: %v, because %q\nwant %v, %q", kept, why, tc.kept, tc.why)
 			}
 		})
+	}
+}
+
+// addPartition makes the range a partition of a loop device until the test ends.
+func addPartition(t *testing.T, disk string, number int32, off, n int64) (path string) {
+	t.Helper()
+	f, err := os.OpenFile(disk, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	change := func(op int32) error {
+		p := unix.BlkpgPartition{Start: off, Length: n, Pno: number}
+		a := unix.BlkpgIoctlArg{Op: op, Datalen: int32(unsafe.Sizeof(p)), Data: (*byte)(unsafe.Pointer(&p))}
+		if _, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), unix.BLKPG, uintptr(unsafe.Pointer(&a))); errno != 0 {
+			return errno
+		}
+		return nil
+	}
+
+	if err := change(unix.BLKPG_ADD_PARTITION); err != nil {
+		t.Fatalf("make partition %d of %s: %v", number, disk, err)
+	}
+	t.Cleanup(func() {
+		if err := errors.Join(change(unix.BLKPG_DEL_PARTITION), f.Close()); err != nil {
+			t.Errorf("remove partition %d of %s: %v", number, disk, err)
+		}
+	})
+	path = fmt.Sprintf("%sp%d", disk, number)
+	for begun := time.Now(); ; time.Sleep(time.Millisecond) { // until its node is there
+		if _, err := os.Stat(path); err == nil {
+			return path
+		} else if time.Since(begun) > 20*time.Second {
+			t.Fatal(err)
+		}
 	}
 }
