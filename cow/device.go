@@ -117,7 +117,14 @@ type Device struct {
 	durable atomic.Pointer[durable]
 	lease   *atomic.Int64
 	leased  atomic.Int64 // what lease holds, in memory that cannot fault
-	leasing sync.Mutex   // held while both are written
+	leasing sync.Mutex   // held while both are written; protects left
+
+	// counts says that the kernel counts what is written to the origin, counted that
+	// the lease file has the number, left that it is for somebody else now (written.go).
+	counts   bool
+	counted  atomic.Bool
+	left     bool
+	tallying single
 
 	// leaseTimer, while the lease runs, calls tendLease, which was called last, or begun
 	// anew, at tended. stamping is how many change the origin outside the gate.

@@ -169,6 +169,9 @@ func (d *Device) closeDurable() error {
 		})
 		ierr = d.replaceLease() // else the next start takes the device for a new one
 	}
+	if n := d.countWritten(); n != 0 {
+		d.always(func() { wordAt(d.leaseMemory.Bytes(), writtenAt).Store(n) })
+	}
 	return errors.Join(err, ierr)
 }
 

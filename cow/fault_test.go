@@ -168,6 +168,8 @@ func (k *disk) identify(bool) (identity, error) {
 	return identity{ino: 1, size: size, changed: 1}, err
 }
 
+func (k *disk) written() (uint64, bool) { return 0, false }
+
 func (k *disk) noteEnded(uuid.UUID) error { return syscall.ENOTSUP }
 
 func (k *disk) ended() (uuid.UUID, error) { return uuid.Nil, syscall.ENOTSUP }

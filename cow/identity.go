@@ -5,8 +5,9 @@
 // every write by anybody stamps it. Our own writes do, too, so while we run a lease
 // says until when they may; a stamp beyond the lease is somebody else's. A block
 // device has no stamp. In the same boot its sequence number tells whether it is the
-// same disk; over a reboot it is trusted only after a clean end, and if what file
-// systems write when they are mounted is as it was.
+// same disk, and what the kernel counts whether it was written (written.go); over a
+// reboot it is trusted only after a clean end, and if what file systems write when they
+// are mounted is as it was.
 
 package cow
 
@@ -99,7 +100,8 @@ func (id identity) foreign(now identity, lease time.Time, sameBoot, clean bool) 
 //	   544    64  that name
 //	   608     8  1 after a clean end: then the lease is the origin's change time, and nobody
 //	              of ours has changed it since; changes
-//	   616     8  reserved
+//	   616     8  one more than how many sectors were ever written to a block device, 0 where
+//	              that is not known (written.go); changes
 //	   624     8  length of why the generation began, 0 where that is not known; changes
 //	   632   512  that reason
 const (
@@ -109,7 +111,8 @@ const (
 	otherAt      = cutToAt + 8
 	otherNameAt  = otherAt + 8
 	leftAt       = otherNameAt + maxName
-	reasonAt     = leftAt + 16
+	writtenAt    = leftAt + 8
+	reasonAt     = writtenAt + 8
 	reasonTextAt = reasonAt + 8
 	maxReason    = 512
 )
@@ -183,6 +186,7 @@ func (d *Device) beginLease(mem *memory) error {
 	wordAt(mem.Bytes(), cutToAt).Store(0)
 	wordAt(mem.Bytes(), otherAt).Store(0)
 	wordAt(mem.Bytes(), leftAt).Store(0)
+	wordAt(mem.Bytes(), writtenAt).Store(0)
 	d.lease = (*atomic.Int64)(unsafe.Pointer(&mem.Bytes()[leaseAt]))
 	d.lease.Store(max(d.lease.Load(), info.origin.changed))
 	mem.closeWhenUnused()

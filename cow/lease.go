@@ -47,7 +47,11 @@ func (d *Device) prolongLease(now int64) {
 	d.leasing.Lock()
 	defer d.leasing.Unlock()
 	until := now + int64(runLease)
-	d.always(func() { d.lease.Store(until) })
+	d.always(func() {
+		wordAt(d.leaseMemory.Bytes(), writtenAt).Store(0)
+		d.lease.Store(until)
+	})
+	d.counted.Store(false)
 	d.leased.Store(until)
 	d.tended.Store(now)
 	d.leaseTimer.Reset(leaseTick)
@@ -72,6 +76,12 @@ func (d *Device) tendLease() {
 		// The machine slept, or we did. Who was inside has stamped the origin since,
 		// and left before this look.
 		d.prolongLease(now)
+	case d.counts && !d.counted.Load():
+		if now < until+int64(tallyAfter) {
+			d.leaseTimer.Reset(leaseTick)
+		} else {
+			d.tallying.Do(d.tally)
+		}
 	}
 }
 
@@ -81,6 +91,9 @@ func (d *Device) leaveLease() {
 	defer d.tending.Unlock()
 	d.untended = true
 	d.leaseTimer.Stop()
+	d.leasing.Lock()
+	defer d.leasing.Unlock()
+	d.left = true
 }
 
 // ending says whether the lease that outlives the machine needs to be extended.

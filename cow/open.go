@@ -78,6 +78,9 @@ func (c *Catalogue) open(o *Origin, pool *store.Pool, cfg Config) (*Device, erro
 	if err != nil {
 		return nil, err
 	}
+	if _, d.counts = d.file.written(); d.counts {
+		d.tally()
+	}
 	d.endFound()
 	if lost != nil {
 		d.noteGeneration(lost.Error())
@@ -118,7 +121,7 @@ func (d *Device) find() (lost, err error) {
 		if err != nil {
 			return nil, err
 		}
-		if lost = cmp.Or(servedAs(mem), was.foreign(now, lease, true, false)); lost != nil {
+		if lost = cmp.Or(servedAs(mem), was.foreign(now, lease, true, false), d.writtenSince(mem)); lost != nil {
 			d.disown(lost)
 		} else if d.stateDir != "" {
 			if err := d.reopenDurable(); err != nil {

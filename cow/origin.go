@@ -49,6 +49,10 @@ type originFile interface {
 	// device, if fingerprint is set, also by what is on it.
 	identify(fingerprint bool) (identity, error)
 
+	// written is how many sectors were ever written to a block device, or discarded,
+	// and are not in memory only; false where nobody counts.
+	written() (sectors uint64, ok bool)
+
 	// noteEnded notes durably, with the origin itself, that the generation is not
 	// to be trusted any more; ended is what was noted last. Errors where the
 	// origin has no place for that.

@@ -130,6 +130,9 @@ type disks struct {
 	// pause, if set, is called before each write of the origin, and may wait.
 	pause atomic.Pointer[func()]
 
+	counts bool         // what is written to the origin
+	wrote  atomic.Int64 // sectors
+
 	// mu protects the journal and the inodes.
 	mu  sync.Mutex
 	ops []*diskOp
@@ -496,6 +499,7 @@ func (o diskOrigin) WriteAt(p []byte, off int64) (int, error) {
 	defer o.mu.Unlock()
 	o.stampLocked()
 	o.writeLocked(o.origin, p, off)
+	o.wrote.Add(int64(len(p)) / SectorSize)
 	return len(p), nil
 }
 
@@ -572,6 +576,10 @@ func (o diskOrigin) identify(fingerprint bool) (identity, error) {
 		h.Sum(id.print[:0])
 	}
 	return id, nil
+}
+
+func (o diskOrigin) written() (uint64, bool) {
+	return uint64(o.wrote.Load()), o.block && o.counts
 }
 
 func (o diskOrigin) noteEnded(generation uuid.UUID) error {
