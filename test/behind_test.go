@@ -64,6 +64,9 @@ func TestWritesBehindOurBack(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			dir := scratch(t)
 			b := &behind{t: t, dir: dir}
+			for _, c := range behindCases {
+				b.names = append(b.names, c.name)
+			}
 			args := b.makeOrigins()
 			d := serve(t, args...)
 			b.d = d
@@ -73,12 +76,9 @@ func TestWritesBehindOurBack(t *testing.T) {
 				sh(t, c.script, b.origin(c.name), filepath.Join(dir, "beside-"+c.name), filepath.Join(dir, "other-"+c.name))
 			}
 			d.start(args...)
-			events, reasons := d.json("events"), make(map[string]any)
-			for _, dev := range d.json("device", "list") {
-				reasons[dev["name"].(string)] = dev["cbt"].(map[string]any)["reason"]
-			}
+			b.look()
 			for _, c := range behindCases {
-				t.Run(c.name, func(t *testing.T) { b.check(t, c.name, c.why, before[c.name], events, reasons) })
+				t.Run(c.name, func(t *testing.T) { b.check(t, c.name, c.why, before[c.name]) })
 			}
 			if got := d.blksnap("device", "show", "grown"); !strings.Contains(got, "cbt/reason      the origin's size was changed from") {
 				t.Errorf("device show does not say why the generation is a new one:\n%s", got)
@@ -87,16 +87,21 @@ func TestWritesBehindOurBack(t *testing.T) {
 	}
 }
 
-// behind is a daemon with an origin for each of behindCases.
+// behind is a daemon with an origin for each thing that is done to one.
 type behind struct {
-	t   *testing.T
-	d   *daemon
-	dir string
+	t     *testing.T
+	d     *daemon
+	dir   string
+	names []string // of its devices
+
+	// What the start after that says.
+	events  []map[string]any
+	reasons map[string]any // why the generations began, by device
 }
 
 func (b *behind) origin(name string) string { return filepath.Join(b.dir, name+".img") }
 
-// makeOrigins returns the arguments that serve them.
+// makeOrigins makes those of behindCases, and returns the arguments that serve them.
 func (b *behind) makeOrigins() (args []string) {
 	for _, c := range behindCases {
 		other := filepath.Join(b.dir, "other-"+c.name)
@@ -133,26 +138,35 @@ func (b *behind) live() map[string]wasBefore {
 	mkdir(b.t, b.d.snapshot("s1"))
 	was := make(map[string]wasBefore)
 	p := make([]byte, 8*kiB)
-	for _, c := range behindCases {
-		live := b.d.open(c.name)
-		Stamp(p, c.name, 0, 2)
-		if err := live.writeAt(p, 0); err != nil {
+	for _, name := range b.names {
+		live := b.d.open(name)
+		const off = behindSize - 64*kiB // no superblock is there
+		Stamp(p, name, off, 2)
+		if err := live.writeAt(p, off); err != nil {
 			b.t.Fatal(err)
 		}
 		live.Close()
-		image, err := os.ReadFile(b.d.snapshot("s1", c.name+".img"))
+		image, err := os.ReadFile(b.d.snapshot("s1", name+".img"))
 		if err != nil {
 			b.t.Fatal(err)
 		}
-		was[c.name] = wasBefore{read(b.t, b.d.device(c.name, "cbt", "generation")), read(b.t, b.d.device(c.name, "cbt", "number")), image}
+		was[name] = wasBefore{read(b.t, b.d.device(name, "cbt", "generation")), read(b.t, b.d.device(name, "cbt", "number")), image}
 	}
 	return was
 }
 
-// check looks at a device after the next start.
-func (b *behind) check(t *testing.T, name, why string, was wasBefore, events []map[string]any, reasons map[string]any) {
+// look asks the daemon what it has to say after the next start.
+func (b *behind) look() {
+	b.events, b.reasons = b.d.json("events"), make(map[string]any)
+	for _, dev := range b.d.json("device", "list") {
+		b.reasons[dev["name"].(string)] = dev["cbt"].(map[string]any)["reason"]
+	}
+}
+
+// check checks what that says of a device.
+func (b *behind) check(t *testing.T, name, why string, was wasBefore) {
 	var told []string
-	for _, e := range events {
+	for _, e := range b.events {
 		if e["device"] == name && (e["kind"] == "generation" || e["kind"] == "snapshot-failed") {
 			told = append(told, fmt.Sprintf("%v %v: %v", e["kind"], e["snapshot"], e["text"]))
 		}
@@ -164,7 +178,7 @@ func (b *behind) check(t *testing.T, name, why string, was wasBefore, events []m
 			t.Errorf("the generation is kept: %v; the image is read with error %v; events: %q\nwant the same generation and image, and no event",
 				generation == was.generation, err, told)
 		}
-		if got, want := read(t, b.d.device(name, "cbt", "since", was.number)), "0 65536 data"; got != want {
+		if got, want := read(t, b.d.device(name, "cbt", "since", was.number)), "458752 65536 data"; got != want {
 			t.Errorf("changed since the snapshot\n got %q\nwant %q", got, want)
 		}
 		return
@@ -190,7 +204,7 @@ func (b *behind) check(t *testing.T, name, why string, was wasBefore, events []m
 	for _, text := range told {
 		says("event", text)
 	}
-	says("device list", fmt.Sprint(reasons[name]))
+	says("device list", fmt.Sprint(b.reasons[name]))
 	logged := ""
 	for line := range strings.Lines(b.d.stderr.String()) {
 		if strings.Contains(line, `msg="new generation" device=`+name+" ") {
@@ -228,4 +242,111 @@ func awaitLeases(t *testing.T, d *daemon) {
 		}
 		return st.Ctim.Nano() > until
 	})
+}
+
+// blockCases are what may be done to block devices meanwhile: by a script that finds the
+// device in $1 and a name for what it makes in $2, or to what is attached to a loop device.
+var blockCases = []struct {
+	name, script, why string
+	attach            func(b *behind, name, file string, detach func())
+}{
+	{name: "nothing"},
+	{name: "read", script: `dd if="$1" of=/dev/null bs=64k 2> /dev/null`},
+	{name: "written", script: `printf x | dd of="$1" bs=1 seek=70000 conv=notrunc 2> /dev/null`, why: "the origin was written behind our back"},
+	{name: "zeroed", script: `blkdiscard -o 65536 -l 65536 "$1"`, why: "the origin was written behind our back"},
+	{name: "mounted", script: `mkdir "$2"; mount "$1" "$2"; umount "$2"; rmdir "$2"`, why: "the origin was written behind our back"},
+	{name: "attached-anew", why: "another disk, or was attached anew", attach: func(b *behind, name, file string, detach func()) {
+		detach() // mostly it gets its number back
+		b.link(name, loop(b.t, file, false))
+	}},
+	{name: "another-loop", why: "another disk, or was attached anew", attach: func(b *behind, name, file string, detach func()) {
+		b.link(name, loop(b.t, file, false))
+		detach()
+	}},
+	{name: "another-file", why: "another disk, or was attached anew", attach: func(b *behind, name, file string, detach func()) {
+		detach()
+		b.link(name, loop(b.t, makeOrigin(b.t, b.dir, "other", blockSize), false))
+	}},
+	{name: "a-file", why: "the origin was replaced", attach: func(b *behind, name, file string, detach func()) {
+		dev, err := os.Readlink(b.origin(name))
+		if err != nil {
+			b.t.Fatal(err)
+		}
+		detach()
+		eventually(b.t, dev+" is detached", func() bool { // somebody may have a look at it
+			return !exists(filepath.Join("/sys/block", filepath.Base(dev), "loop"))
+		})
+		b.link(name, file)
+	}},
+}
+
+const blockSize = 4 * miB
+
+// link makes the origin of a device a symbolic link.
+func (b *behind) link(name, target string) {
+	b.t.Helper()
+	link := b.origin(name)
+	if err := errors.Join(os.RemoveAll(link), os.Symlink(target, link)); err != nil {
+		b.t.Fatal(err)
+	}
+}
+
+// Whatever was done to a block device while the daemon was stopped, or killed some time
+// after the last write.
+func TestBlockDevicesBehindOurBack(t *testing.T) {
+	needRoot(t)
+	need(t, "mkfs.ext4", "blkdiscard")
+	for _, tc := range []struct {
+		name string
+		end  func(b *behind)
+	}{
+		{"stopped", func(b *behind) { b.d.stop() }},
+		{"killed", func(b *behind) { b.awaitTally(); b.d.kill() }},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			b := &behind{t: t, dir: scratch(t)}
+			files, detach := make(map[string]string), make(map[string]func())
+			var args []string
+			for _, c := range blockCases {
+				b.names = append(b.names, c.name)
+				files[c.name] = makeOrigin(t, scratch(t), c.name, blockSize)
+				if c.name == "mounted" {
+					run(t, "mkfs.ext4", "-q", files[c.name])
+				}
+				dev, end := loopUntil(t, files[c.name], false)
+				detach[c.name] = end
+				b.link(c.name, dev)
+				args = append(args, c.name+"="+b.origin(c.name))
+			}
+			b.d = serve(t, args...)
+			before := b.live()
+			tc.end(b)
+			for _, c := range blockCases {
+				if c.attach != nil {
+					c.attach(b, c.name, files[c.name], detach[c.name])
+				}
+				sh(t, c.script, b.origin(c.name), filepath.Join(b.dir, "beside-"+c.name))
+			}
+			b.d.start(args...)
+			b.look()
+			for _, c := range blockCases {
+				t.Run(c.name, func(t *testing.T) { b.check(t, c.name, c.why, before[c.name]) })
+			}
+		})
+	}
+}
+
+// awaitTally returns when the daemon has noted of each device how many sectors were
+// written to it, some time after the last one was.
+func (b *behind) awaitTally() {
+	b.t.Helper()
+	for _, name := range b.names {
+		eventually(b.t, "the sectors of "+name+" are counted", func() bool {
+			lease, err := os.ReadFile(filepath.Join(b.d.runDir, "devices", name, "lease"))
+			if err != nil {
+				b.t.Fatal(err)
+			}
+			return binary.NativeEndian.Uint64(lease[616:]) != 0
+		})
+	}
 }

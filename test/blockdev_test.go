@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -86,6 +87,13 @@ func endNbdfuse(t *testing.T, cmd *exec.Cmd, point string) {
 // this process: no loop device is left behind, however the tests end.
 func loop(t *testing.T, file string, readOnly bool) string {
 	t.Helper()
+	dev, _ := loopUntil(t, file, readOnly)
+	return dev
+}
+
+// loopUntil is loop with the end before that of the test.
+func loopUntil(t *testing.T, file string, readOnly bool) (path string, detach func()) {
+	t.Helper()
 	mode, flags := os.O_RDWR, uint32(unix.LO_FLAGS_AUTOCLEAR|unix.LO_FLAGS_DIRECT_IO)
 	if readOnly {
 		mode, flags = os.O_RDONLY, flags|unix.LO_FLAGS_READ_ONLY
@@ -99,13 +107,14 @@ func loop(t *testing.T, file string, readOnly bool) string {
 	if err != nil {
 		t.Fatalf("make a loop device of %s: %v", file, err)
 	}
-	t.Cleanup(func() {
+	detach = sync.OnceFunc(func() {
 		if err := unix.IoctlSetInt(int(dev.Fd()), unix.LOOP_CLR_FD, 0); err != nil {
 			t.Errorf("detach %s: %v", dev.Name(), err)
 		}
 		dev.Close()
 	})
-	return dev.Name()
+	t.Cleanup(detach)
+	return dev.Name(), detach
 }
 
 // configureLoop takes the first free loop device; another process may take it
