@@ -40,6 +40,16 @@ func isPartition(dev uint64) bool {
 	return err == nil
 }
 
+// stampTells says whether what is written to a file from now on is stamped beyond the
+// lease. The clock of stamps is some milliseconds late; after a clean end the lease is a
+// stamp itself.
+func stampTells(lease int64, clean bool, now time.Time) bool {
+	if !clean {
+		now = now.Add(-runLease)
+	}
+	return lease < now.UnixNano()
+}
+
 // tellOthers notes with each other device that was this disk that it is served under
 // another name now.
 func (d *Device) tellOthers() error {
@@ -79,13 +89,13 @@ func (d *Device) tellRun(path string, now identity) error {
 		return nil // no lease, no trust
 	}
 	defer f.Close()
-	b, err := f.head(otherNameAt + maxName)
+	b, err := f.head(leftAt + 8)
 	if err != nil {
 		return nil
 	}
 	info, err := decodeCheckpoint(b[:checkpointHeader])
 	lease := int64(host.Uint64(b[leaseAt:]))
-	if err != nil || !info.origin.sameDisk(now, true) || now.isFile() && lease < time.Now().UnixNano() {
+	if err != nil || !info.origin.sameDisk(now, true) || now.isFile() && stampTells(lease, host.Uint64(b[leftAt:]) != 0, time.Now()) {
 		return nil
 	}
 	w, err := os.OpenFile(path, os.O_WRONLY, 0)
@@ -127,8 +137,8 @@ func (d *Device) tellState(name string, now identity) error {
 			return nil
 		}
 		lease := r.state.lease
-		if r.file.Close(); lease < time.Now().UnixNano() {
-			return nil // the stamp tells
+		if r.file.Close(); stampTells(lease, c.clean, time.Now()) {
+			return nil
 		}
 	}
 	d.cfg.Log.Warn("the origin was another device: its change tracking ends", "was", name)

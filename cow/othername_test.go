@@ -28,18 +28,25 @@ func TestOtherName(t *testing.T) {
 		reboot bool // before each start
 		kept   bool
 		why    string
+		killed bool // a is, and its leases run on for long
 	}{
-		{"a file, the same name", false, []string{"a"}, true, false, true, ""},
-		{"a file, another name, written", false, []string{"b"}, true, false, false, "written or changed behind our back"},
-		{"a file, another name, not written", false, []string{"b"}, false, false, true, ""},
-		{"a disk, the same name", true, []string{"a"}, true, false, true, ""},
-		{"a disk, another name", true, []string{"b"}, true, false, false, `served as device "b" meanwhile`},
-		{"a disk, two other names", true, []string{"b", "c"}, true, false, false, `served as device "c" meanwhile`},
-		{"a disk, the same name, rebooted", true, []string{"a"}, true, true, true, ""},
-		{"a disk, another name, rebooted", true, []string{"b"}, true, true, false, "given up before the machine went down"},
-		{"a file, another name, rebooted", false, []string{"b"}, true, true, false, "written or changed behind our back"},
-		{"a partition, its disk", true, []string{"whole"}, true, false, false, `served as device "whole" meanwhile`},
-		{"a partition, another one", true, []string{"second"}, true, false, true, ""},
+		{"a file, the same name", false, []string{"a"}, true, false, true, "", false},
+		{"a file, another name, written", false, []string{"b"}, true, false, false, "written or changed behind our back", false},
+		{"a file, another name, not written", false, []string{"b"}, false, false, true, "", false},
+		{"a disk, the same name", true, []string{"a"}, true, false, true, "", false},
+		{"a disk, another name", true, []string{"b"}, true, false, false, `served as device "b" meanwhile`, false},
+		{"a disk, two other names", true, []string{"b", "c"}, true, false, false, `served as device "c" meanwhile`, false},
+		{"a disk, the same name, rebooted", true, []string{"a"}, true, true, true, "", false},
+		{"a disk, another name, rebooted", true, []string{"b"}, true, true, false, "given up before the machine went down", false},
+		{"a file, another name, rebooted", false, []string{"b"}, true, true, false, "written or changed behind our back", false},
+		{"a partition, its disk", true, []string{"whole"}, true, false, false, `served as device "whole" meanwhile`, false},
+		{"a partition, another one", true, []string{"second"}, true, false, true, "", false},
+		{"a file, the same name, killed", false, []string{"a"}, true, false, true, "", true},
+		{"a file, another name, killed, written", false, []string{"b"}, true, false, false, `served as device "b" meanwhile`, true},
+		{"a file, another name, killed, not written", false, []string{"b"}, false, false, false, `served as device "b" meanwhile`, true},
+		{"a file, another link, killed, written", false, []string{"link"}, true, false, false, `served as device "link" meanwhile`, true},
+		{"a file, another name, killed and rebooted", false, []string{"b"}, true, true, false, "given up before the machine went down", true},
+		{"a disk, another name, killed", true, []string{"b"}, true, false, false, `served as device "b" meanwhile`, true},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			dir := t.TempDir()
@@ -50,7 +57,12 @@ func TestOtherName(t *testing.T) {
 			if tc.block {
 				origin = newLoop(t, origin)
 			}
-			origins := map[string]string{"a": origin, "b": origin, "c": origin}
+			origins := map[string]string{"a": origin, "b": origin, "c": origin, "link": origin + ".link"}
+			if !tc.block {
+				if err := os.Link(origin, origins["link"]); err != nil {
+					t.Fatal(err)
+				}
+			}
 			if strings.HasPrefix(tc.name, "a partition") {
 				origins = map[string]string{"whole": origin, "a": addPartition(t, origin, 1, 0, size-1<<20), "second": addPartition(t, origin, 2, size-1<<20, 1<<20)}
 			}
@@ -106,7 +118,26 @@ func TestOtherName(t *testing.T) {
 					put(t, d, 1, d.Size()/2, 4096) // not where a fingerprint looks
 				}
 			}
-			was, _ := serve("a", write)
+			left := t.TempDir()
+			was, _ := serve("a", func(d *Device) {
+				write(d)
+				if tc.killed {
+					later := time.Now().Add(time.Hour)
+					d.prolongLease(later.UnixNano())
+					if err := d.durable.Load().regions.extend(later); err != nil {
+						t.Fatal(err)
+					}
+					copyTree(t, dir, left)
+				}
+			})
+			if tc.killed {
+				for _, name := range []string{"run", "state"} {
+					path := filepath.Join(dir, name)
+					if err := errors.Join(os.RemoveAll(path), os.Rename(filepath.Join(left, name), path)); err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
 			for _, name := range tc.others {
 				serve(name, write)
 			}
@@ -148,6 +179,25 @@ func addPartition(t *testing.T, disk string, number int32, off, n int64) (path s
 			return path
 		} else if time.Since(begun) > 20*time.Second {
 			t.Fatal(err)
+		}
+	}
+}
+
+func TestStampTells(t *testing.T) {
+	now := time.Now()
+	for _, tc := range []struct {
+		name  string
+		left  time.Duration // of the lease
+		clean bool
+		want  bool
+	}{
+		{"it runs", time.Millisecond, false, false},
+		{"it has just ended, and a stamp may be from before that", -20 * time.Millisecond, false, false},
+		{"it ended long ago", -time.Minute, false, true},
+		{"it is the last stamp itself", -20 * time.Millisecond, true, true},
+	} {
+		if got := stampTells(now.Add(tc.left).UnixNano(), tc.clean, now); got != tc.want {
+			t.Errorf("%s: got %v, want %v", tc.name, got, tc.want)
 		}
 	}
 }
