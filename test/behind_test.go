@@ -350,3 +350,62 @@ func (b *behind) awaitTally() {
 		})
 	}
 }
+
+// A file under a second name: refused while the first is served, by the same daemon and
+// by others, and after a kill it is served under the second, at once. The first name does
+// not go on with its history over what was written under the second.
+func TestSecondName(t *testing.T) {
+	needRoot(t)
+	for _, tc := range []struct {
+		name string
+		make func(origin, link string) error
+	}{
+		{"hard link", os.Link},
+		{"symbolic link", os.Symlink},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			d, origin := serveOrigin(t, miB)
+			link := filepath.Join(filepath.Dir(origin), "second.img")
+			if err := tc.make(origin, link); err != nil {
+				t.Fatal(err)
+			}
+			mkdir(t, d.snapshot("s1"))
+			generation, number := read(t, d.device("vda", "cbt", "generation")), read(t, d.device("vda", "cbt", "number"))
+			p := make([]byte, 4*kiB)
+			write := func(name string) {
+				t.Helper()
+				live := d.open(name)
+				defer live.Close()
+				Stamp(p, name, 0, 2)
+				if err := live.writeAt(p, 0); err != nil {
+					t.Fatal(err)
+				}
+			}
+			write("vda")
+			wantRefused(t, d.try("device", "add", link), 1, "is device vda already")
+			e := newDaemon(t, nil)
+			wantRefused(t, end(t, e.command("serve", "--mount", "none", "--run", e.runDir, "--state", e.state, link)), 1, "another blksnap")
+
+			d.kill()
+			both := []string{"serve", "--mount", d.mount, "--run", d.runDir, "--state", d.state, origin, link}
+			wantRefused(t, end(t, d.command(both...)), 1, "is device vda already")
+			d.start(link)
+			write("second")
+			d.kill()
+			d.start(origin)
+			if got := read(t, d.device("vda", "cbt", "generation")); got == generation {
+				t.Error("the generation goes on over what was written under the second name")
+			}
+			if exists(d.device("vda", "cbt", "since", number)) {
+				t.Error("a new generation answers for a number of the one before")
+			}
+			if image, err := os.ReadFile(d.snapshot("s1", "vda.img")); err == nil {
+				t.Errorf("an image is read: %v", Verify(image[:len(p)], "vda", 0, 1, 1))
+			}
+			reason := fmt.Sprint(d.json("device", "show", "vda")[0]["cbt"].(map[string]any)["reason"])
+			if !strings.Contains(reason, `served as device "second" meanwhile`) && !strings.Contains(reason, "behind our back") { // the lease may have run out
+				t.Errorf("reason of the generation\n got %s\nwant the second name, or a write behind our back", reason)
+			}
+		})
+	}
+}
