@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 
@@ -117,26 +118,7 @@ func start(t *testing.T, what string, args ...string) (said []string, end func()
 	if what == "mount" {
 		c.SysProcAttr.Unshareflags = syscall.CLONE_NEWNS
 	}
-	in, err := c.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	out, err := c.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := c.Start(); err != nil {
-		t.Fatal(err)
-	}
-	ended := false
-	end = func() {
-		if !ended {
-			ended = true
-			in.Close()
-			c.Wait()
-		}
-	}
-	t.Cleanup(end)
+	out, end := startPiped(t, c)
 	lines := bufio.NewScanner(out)
 	for lines.Scan() {
 		if lines.Text() == "done" {
@@ -146,4 +128,27 @@ func start(t *testing.T, what string, args ...string) (said []string, end func()
 	}
 	t.Fatalf("%s %v ended with %q", what, args, said)
 	return nil, nil
+}
+
+// startPiped starts c and returns what it prints. It ends, when its input does, with the
+// test, or when end is called.
+func startPiped(t *testing.T, c *exec.Cmd) (out io.Reader, end func()) {
+	t.Helper()
+	in, err := c.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err = c.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	end = sync.OnceFunc(func() {
+		in.Close()
+		c.Wait()
+	})
+	t.Cleanup(end)
+	return out, end
 }

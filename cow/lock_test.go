@@ -191,27 +191,8 @@ func qemu(t *testing.T, path string, flags ...string) (end func()) {
 	need(t, "qemu-io")
 	c := exec.Command("qemu-io", append(flags, "-f", "raw", path)...)
 	c.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	in, err := c.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	out, err := c.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	c.Stderr = c.Stdout
-	if err := c.Start(); err != nil {
-		t.Fatal(err)
-	}
-	ended := false
-	end = func() {
-		if !ended {
-			ended = true
-			in.Close()
-			c.Wait()
-		}
-	}
-	t.Cleanup(end)
+	c.Stderr = os.Stderr
+	out, end := startPiped(t, c)
 	var said []byte
 	for b := make([]byte, 1); !strings.HasSuffix(string(said), "qemu-io> "); said = append(said, b[0]) {
 		if _, err := out.Read(b); err != nil {
