@@ -154,6 +154,13 @@ func (f *inspectedFile) head(n int) ([]byte, error) {
 	return b, cause(err)
 }
 
+// blank says whether nothing was written to the file yet, or it was emptied.
+func (f *inspectedFile) blank() bool {
+	var b [8]byte
+	n, err := f.ReadAt(b[:], 0)
+	return (err == nil || errors.Is(err, io.EOF) && n == 0) && b == [8]byte{}
+}
+
 // stepped says whether a mapped file is as long as one can be.
 func (f *inspectedFile) stepped() error {
 	if f.size == 0 || f.size%memoryStep != 0 {
@@ -192,6 +199,9 @@ func (w *inspector) catalogue() bool {
 		return true // devices without a catalogue are looked at all the same
 	}
 	defer f.Close()
+	if entries, err := os.ReadDir(filepath.Join(w.Run, "devices")); f.blank() && (errors.Is(err, os.ErrNotExist) || err == nil && len(entries) == 0) {
+		return true // the first start in this boot has not come to it
+	}
 	b, err := f.head(catalogueHeader)
 	if err == nil {
 		err = checkMagic(b, catalogueMagic, catalogueVersion, catalogueConstant)

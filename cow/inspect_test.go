@@ -2,6 +2,7 @@ package cow
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"maps"
 	"math/rand/v2"
@@ -252,6 +253,57 @@ func TestInspectTells(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestInspectBegun looks at files that a process had made and was killed before it wrote
+// to them: nobody misses what was to be in them.
+func TestInspectBegun(t *testing.T) {
+	added := func(files ...string) map[string]int64 { // a device that was being added
+		m := make(map[string]int64)
+		for _, f := range files {
+			m["run/devices/c/"+f] = memoryStep
+		}
+		return m
+	}
+	with := func(m map[string]int64, file string) map[string]int64 {
+		m[file] = 0
+		return m
+	}
+	for _, tc := range []struct {
+		name  string
+		files map[string]int64 // and their lengths
+	}{
+		{"a lease", with(added(), "run/devices/c/lease")},
+		{"a lease of zeroes", added("lease")},
+		{"a change map", with(added(), "run/devices/c/changes")},
+		{"a lease after the change map", with(added("changes"), "run/devices/c/lease")},
+		{"a register", with(added("changes"), "run/devices/c/layers")},
+		{"a layer", map[string]int64{"run/devices/a/layer-9": 0}},
+		{"an overlay", map[string]int64{"run/devices/a/layer-9": memoryStep, "run/devices/a/overlay-9": 0}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			dir := oneSite(t)
+			for file, n := range tc.files {
+				path := filepath.Join(dir, file)
+				if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o700), os.WriteFile(path, make([]byte, n), 0o600)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if found := inspect(t, dir); len(found) > 0 {
+				t.Errorf("got %+v\nwant nothing", found)
+			}
+		})
+	}
+	t.Run("a catalogue", func(t *testing.T) {
+		dir := t.TempDir()
+		newSite(t, dir)
+		if err := os.WriteFile(filepath.Join(dir, "run", "catalogue"), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if found := inspect(t, dir); len(found) > 0 {
+			t.Errorf("got %+v\nwant nothing", found)
+		}
+	})
 }
 
 // edit changes a file's bytes.

@@ -11,8 +11,15 @@ import (
 	"blksnap/cbt"
 )
 
-// runDevice verifies what a device keeps in the run directory.
+// runDevice verifies what a device keeps in the run directory. Where its register, which
+// comes last, was not begun, the device was being added: the next start begins with it
+// anew.
 func (w *inspector) runDevice(name, dir string) {
+	if isBlank(filepath.Join(dir, registerName)) {
+		if numbers, err := numbersIn(dir, layerName); err == nil && len(numbers) == 0 {
+			return
+		}
+	}
 	w.runLease(filepath.Join(dir, "lease"))
 	path := filepath.Join(dir, "changes")
 	changes, err := inspectChanges(path)
@@ -29,6 +36,16 @@ func (w *inspector) runDevice(name, dir string) {
 			w.table(name, layerPath(dir, kind.name, n), kind.magic, n, changes)
 		}
 	}
+}
+
+// isBlank says whether there is no file at path, or nothing in it.
+func isBlank(path string) bool {
+	f, err := openInspected(path)
+	if f == nil {
+		return err == nil
+	}
+	defer f.Close()
+	return f.blank()
 }
 
 // register verifies the register of layers in dir, and that what it has is there.
@@ -76,15 +93,17 @@ func (w *inspector) entered(dir string, e entered) {
 		return // or it was told of
 	}
 	defer f.Close()
+	if f.blank() {
+		w.tell(path, adviceSnapshots, "its file was emptied")
+		return
+	}
 	b, err := f.head(tableHeader)
 	if err != nil {
-		return
+		return // table tells of it
 	}
 	h, err := decodeLayerHeader(b, layerMagic)
 	switch {
-	case errors.Is(err, errBlank):
-		w.tell(path, adviceSnapshots, "its file was emptied")
-	case err != nil: // table tells of it
+	case err != nil: // likewise
 	case e.check(h) != nil:
 		w.tell(path, adviceSnapshots, "%v", e.check(h))
 	case h.writable && host.Uint64(b[layerFault:]) == faultNone:
@@ -102,7 +121,7 @@ func (w *inspector) overlay(path string) {
 		return
 	}
 	defer f.Close()
-	if b, err := f.head(tableHeader); err == nil && errors.Is(checkMagic(b, overlayMagic, layerVersion, layerConstant), errBlank) {
+	if f.blank() {
 		w.tell(path, adviceSnapshots, "its file was emptied")
 	}
 }
@@ -149,14 +168,15 @@ func (w *inspector) table(device, path, magic string, number uint64, changes *cb
 		return // it was there a moment ago
 	}
 	defer f.Close()
+	if f.blank() {
+		return // it had just come, or was about to go, or entered tells of it
+	}
 	b, err := f.head(tableHeader)
 	var h layerHeader
 	if err == nil {
 		h, err = decodeLayerHeader(b, magic)
 	}
 	switch {
-	case errors.Is(err, errBlank):
-		return // it was about to go, or entered tells of it
 	case err != nil:
 	case h.number != number || h.size <= 0:
 		err = fmt.Errorf("%w: it is layer %d of %d bytes", ErrDamaged, h.number, h.size)
