@@ -30,6 +30,8 @@ type daemon struct {
 	mount, runDir, state string
 	env                  []string // of the daemon and of commands to it
 
+	stdin *os.File // of the next process; nil for none
+
 	cmd    *exec.Cmd
 	stderr *log
 	before *log          // what the process before that wrote
@@ -99,6 +101,9 @@ func (d *daemon) launchPlain(args ...string) (stdout *os.File) {
 	d.cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
 	d.before, d.stderr, d.uris, d.ended, d.mayEnd = d.stderr, &log{}, nil, make(chan struct{}), false
 	d.cmd.Stderr = d.stderr
+	if d.stdin != nil {
+		d.cmd.Stdin = d.stdin
+	}
 	stdout, stdoutEnd, err := os.Pipe()
 	if err != nil {
 		d.t.Fatal(err)
