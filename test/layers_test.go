@@ -23,6 +23,8 @@ var layers = map[string][]string{
 	"blksnap/store":        nil,
 	"blksnap/test":         nil,
 	"blksnap/test/bench":   nil,
+
+	"blksnap/test/vm/reconnect": nil,
 }
 
 // sharedByTests may be imported by the tests of every package.

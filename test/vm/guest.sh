@@ -1,7 +1,8 @@
 # shellcheck shell=sh
 # Inside the guest: blksnap and the kernel's NBD client, with one and with two
 # connections. A file system on it is frozen for a snapshot, written to, trimmed
-# and discarded; then the daemon is killed under it and started again.
+# and discarded; then the daemon is killed under it and started again, and again under a
+# client that connects again.
 set -eu
 fail() {
     for said in /tmp/ready /tmp/client /tmp/fsck; do [ ! -e $said ] || cat $said; done
@@ -12,6 +13,7 @@ fail() {
 say() { echo "guest: $*, up $(cut -d' ' -f1 /proc/uptime) s"; }
 
 serve() { # serve: start the daemon, and return when it is ready
+    rm -f /tmp/ready # of the daemon before
     /job/blksnap serve --mount /tmp/tree --run /tmp/run --state /tmp/state \
         --store file:/tmp/store:64MiB /tmp/vda.img > /tmp/ready 2>&1 &
     daemon=$!
@@ -94,8 +96,27 @@ for connections in 1 2; do
     disconnect
 done
 
+write() { # write: files to /mnt until /tmp/stop is there, with a sum of each that was synced
+    i=0
+    while [ ! -e /tmp/stop ]; do
+        i=$((i + 1))
+        dd if=/dev/urandom of=/mnt/w$i bs=16k count=2 conv=fsync 2> /dev/null || return 1
+        md5sum /mnt/w$i >> /tmp/synced
+        [ $i -le 32 ] || rm /mnt/w$((i - 32))
+    done
+}
+
+progress() { # progress: return when some more files were synced
+    goal=$(($(wc -l < /tmp/synced) + 5))
+    until [ "$(wc -l < /tmp/synced)" -ge $goal ]; do
+        kill -0 $writer || fail "a write failed"
+        usleep 20000
+    done
+}
+
 # The kernel gives up requests when its server has gone, and Debian's nbd-client
-# ends then, with -persist as well. What was synced is there afterwards.
+# ends then, with -persist as well: NBD_DO_IT returns 0, and only after an error does it
+# connect again. What was synced is there afterwards.
 say "SIGKILL"
 connect
 format
@@ -114,6 +135,43 @@ mount /dev/nbd0 /mnt # replays the journal
 umount /mnt
 wantFiles /dev/nbd0 "$after" "the live device after SIGKILL"
 wantImage "$before"
+disconnect
+
+# Over netlink the kernel lets requests wait for another connection, which nbd-client
+# 3.24 does not ask for. No write fails, and none that was synced is lost.
+say "a client that connects again"
+/job/reconnect /tmp/run/nbd.sock vda 0 > /tmp/client 2>&1 &
+client=$!
+until grep -qs ^connected /tmp/client; do
+    kill -0 $client || fail "reconnect did not connect"
+    usleep 20000
+done
+mkfs.ext4 -q -F /dev/nbd0
+mount -o errors=panic /dev/nbd0 /mnt
+touch /tmp/synced
+write &
+writer=$!
+for round in 1 2 3; do
+    progress
+    kill -9 $daemon
+    wait $daemon || true
+    dd if=/dev/nbd0 of=/dev/null bs=4k count=1 iflag=direct 2> /dev/null & # nobody answers yet
+    read=$!
+    serve
+    wait $read || fail "a read that had no server failed"
+done
+progress
+touch /tmp/stop
+wait $writer || fail "a write failed"
+[ "$(grep -c "^connected again" /tmp/client)" -ge 3 ] || fail "the client did not connect again each time"
+umount /mnt
+echo 3 > /proc/sys/vm/drop_caches
+e2fsck -fn /dev/nbd0 > /tmp/fsck 2>&1 || fail "e2fsck after three kills"
+mount -o ro /dev/nbd0 /mnt
+say "$(wc -l < /tmp/synced) files were synced"
+tail -n 32 /tmp/synced | md5sum -c > /tmp/fsck 2>&1 || fail "what was synced is lost"
+umount /mnt
+kill $client
 disconnect
 
 kill $daemon
