@@ -8,7 +8,7 @@ import (
 )
 
 // Holds is how many bytes of the snapstore would come back if only this image were
-// destroyed: what it finds in its own layer and no older image would need there,
+// destroyed: what it finds in its own layers and no older image would need there,
 // and what was written to it. It is 0 once the image is destroyed or lost.
 func (i *Image) Holds() (n int64) {
 	i.device.always(func() { n = i.holds() })
@@ -18,7 +18,7 @@ func (i *Image) Holds() (n int64) {
 func (i *Image) holds() int64 {
 	g, _ := i.device.readers.tryEnter()
 	defer i.device.readers.leave(g)
-	own, older := i.ownLayer()
+	own, older := i.ownLayers()
 	switch {
 	case own == nil:
 		return 0
@@ -28,19 +28,21 @@ func (i *Image) holds() int64 {
 	return preservedFor(own, older) + i.overlay.bytes()
 }
 
-// preservedFor is how many bytes only the image needs that the layer own begins
-// with. older is what ownLayer returns.
-func preservedFor(own *layer, older *shield) int64 {
+// preservedFor is how many bytes only the image needs that has the layers own. older is
+// what ownLayers returns.
+func preservedFor(own []*layer, older *shield) int64 {
 	var blocks int
-	for c, w := range own.table.from(0) {
-		if !w.hasSlot() {
-			continue
+	for _, l := range own {
+		for c, w := range l.table.from(0) {
+			if !w.hasSlot() {
+				continue
+			}
+			mask := w.mask()
+			if older != nil {
+				mask &= older.mask(c)
+			}
+			blocks += bits.OnesCount16(mask)
 		}
-		mask := w.mask()
-		if older != nil {
-			mask &= older.mask(c)
-		}
-		blocks += bits.OnesCount16(mask)
 	}
 	return int64(blocks) * blockSize
 }
@@ -55,7 +57,7 @@ func (i *Image) Shares() (n int64) {
 func (i *Image) shares() int64 {
 	g, _ := i.device.readers.tryEnter()
 	defer i.device.readers.leave(g)
-	own, older := i.ownLayer()
+	own, older := i.ownLayers()
 	if own == nil {
 		return 0
 	}
@@ -73,27 +75,27 @@ func (i *Image) shares() int64 {
 	return max(0, blocks*blockSize-preservedFor(own, older))
 }
 
-// ownLayer returns the image's layer and, as a shield, the layers from the next
-// older healthy image's to the one before it, nil where there is none; nothing
-// where the image is not healthy. The caller is inside readers.
-func (i *Image) ownLayer() (own *layer, older *shield) {
+// ownLayers returns the image's layer and the nameless ones that follow, which no newer
+// healthy image needs: a head, or what was not folded yet. older is, as a shield, the
+// layers from the next older healthy image's to the one before own, nil where there is
+// none. Both are nil where the image is not healthy. The caller is inside readers.
+func (i *Image) ownLayers() (own []*layer, older *shield) {
 	d := i.device
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if i.layer.image != i {
 		return nil, nil
 	}
-	from := -1
-	for n, l := range d.layers {
-		if l == i.layer {
-			if from >= 0 {
-				older = &shield{slices.Clone(d.layers[from:n]), d.layers[from].image.size}
-			}
-			return l, older
-		}
-		if l.image != nil {
-			from = n
+	first := slices.Index(d.layers, i.layer)
+	end := first + 1
+	for end < len(d.layers) && d.layers[end].image == nil {
+		end++
+	}
+	for from := first - 1; from >= 0; from-- {
+		if o := d.layers[from].image; o != nil {
+			older = &shield{slices.Clone(d.layers[from:first]), o.size}
+			break
 		}
 	}
-	return nil, nil
+	return slices.Clone(d.layers[first:end]), older
 }

@@ -37,3 +37,29 @@ func TestHoldsAndShares(t *testing.T) {
 		}
 	}
 }
+
+// TestHoldsTheHead destroys the newest snapshot and writes on: what is preserved then, in
+// a layer without a name, is held by the snapshot that is left.
+func TestHoldsTheHead(t *testing.T) {
+	const block = blockSize
+	r := newRig(t, 1, 1<<20, 16<<20)
+	d := r.devs[0]
+	put(t, d, 1, 0, 1<<20)
+	a := r.take("a")
+	put(t, d, 2, 0, 2*block)
+	b := r.take("b")
+	put(t, d, 3, 40*block, 3*block)
+	r.destroy(b)
+	put(t, d, 4, 0, 4*block)
+	i := image(t, a, "d0")
+	_, used, _ := r.pool.Space()
+	if used != 7*block {
+		t.Fatalf("%d bytes are in use, want %d", used, 7*block)
+	}
+	if got := i.Holds(); got != used {
+		t.Errorf("the only snapshot holds %d, want all of %d", got, used)
+	}
+	if got := i.Shares(); got != 0 {
+		t.Errorf("the only snapshot shares %d", got)
+	}
+}
