@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"path/filepath"
+	"strings"
 	"time"
 )
 
@@ -28,6 +29,8 @@ type deviceFacts struct {
 	State string `json:"state"`
 	CBT   cbtFacts
 }
+
+func (f deviceFacts) isRollingBack() bool { return strings.Contains(f.State, "rolling back") }
 
 type cbtFacts struct {
 	Generation string `json:"generation"`

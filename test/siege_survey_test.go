@@ -39,7 +39,7 @@ func (s *siege) surveyDevices() {
 	eventually(s.t, "rollbacks go on and end", func() bool {
 		devices = nil
 		s.get("/devices", &devices)
-		return !slices.ContainsFunc(devices, func(f deviceFacts) bool { return strings.Contains(f.State, "rolling back") })
+		return !slices.ContainsFunc(devices, deviceFacts.isRollingBack)
 	})
 	found := make(map[string]deviceFacts)
 	for _, f := range devices {

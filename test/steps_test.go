@@ -130,7 +130,11 @@ func (s *steps) facts() string {
 	s.t.Helper()
 	var b strings.Builder
 	var devices []deviceFacts
-	s.must("GET", "/devices", nil, &devices)
+	eventually(s.t, "a rollback that goes on is over", func() bool {
+		devices = nil
+		s.must("GET", "/devices", nil, &devices)
+		return !slices.ContainsFunc(devices, deviceFacts.isRollingBack)
+	})
 	for _, f := range devices {
 		generation := "another generation"
 		if f.CBT.Generation == s.generations[f.Name] {
