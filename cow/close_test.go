@@ -21,15 +21,15 @@ type home struct {
 	dir  string
 	size int64
 
-	state  string      // directory of what outlives the machine, empty where nothing does
-	moved  bool        // the origin is a copy that is taken for the original
-	notify func(Event) // may be nil
+	state  string       // directory of what outlives the machine, empty where nothing does
+	moved  bool         // the origin is a copy that is taken for the original
+	notify func(Event)  // may be nil
+	log    *slog.Logger // may be nil
+	step   func(string) // see Catalogue.step
+	disk   stateDisk    // nil: the host's
 
 	// wrap, if set, is put around the origin.
 	wrap func(originFile) originFile
-
-	log  *slog.Logger // may be nil
-	step func(string) // see Catalogue.step
 
 	cat  *Catalogue
 	part *part
@@ -54,6 +54,9 @@ func (h *home) open() map[string]*Snapshot {
 	h.t.Helper()
 	h.cat = newCatalogue(h.t, filepath.Join(h.dir, "run"), h.state)
 	h.cat.step = h.step
+	if h.disk != nil {
+		h.cat.disk = h.disk
+	}
 	f, err := store.OpenFile(filepath.Join(h.dir, "store"), 16<<20, false)
 	if err != nil {
 		h.t.Fatal(err)
