@@ -105,6 +105,109 @@ func TestPartsThatAreGone(t *testing.T) {
 	}
 }
 
+// A part of the snapstore that is missing at one start and is back at the next: images
+// that needed it are failed, and stay so, whatever the part holds; the others are right
+// all the while, and so are those that come later, in the part as well.
+func TestPartMissingAtAStart(t *testing.T) {
+	needRoot(t)
+	const size, small = 4 * miB, miB
+	for _, tc := range []struct {
+		name    string
+		end     func(d *daemon)
+		missing func(t *testing.T, part string) // what becomes of the part's file
+		named   bool                            // by the start without it
+	}{
+		{"not named, stopped", (*daemon).stop, func(*testing.T, string) {}, false},
+		{"not named, killed", (*daemon).kill, func(*testing.T, string) {}, false},
+		{"removed, stopped", (*daemon).stop, func(t *testing.T, part string) { run(t, "mv", part, part+".kept") }, true},
+		{"removed, killed", (*daemon).kill, func(t *testing.T, part string) { run(t, "mv", part, part+".kept") }, true},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			dir := scratch(t)
+			part := filepath.Join(dir, "first")
+			first, second := fmt.Sprintf("file:%s:%d", part, small), "file:"+dir+"/second:64MiB"
+			a, b := makeOrigin(t, dir, "vda", size), makeOrigin(t, dir, "vdb", size)
+			d := serve(t, a, b, "--store", first, "--store", second)
+			overwrite := func(name string, n int64, pass uint64) {
+				t.Helper()
+				live, p := d.open(name), make([]byte, n)
+				defer live.Close()
+				Stamp(p, name, 0, pass)
+				if err := live.writeAt(p, 0); err != nil {
+					t.Fatal(err)
+				}
+			}
+			const lost = "failed: blocks that it needs are lost: part 1 of the snapstore is not there"
+			wantImage := func(when, snapshot, name string, pass uint64) {
+				t.Helper()
+				path := d.snapshot(snapshot, name+".img")
+				image, err := os.ReadFile(path)
+				if pass == 0 {
+					if state := read(t, d.snapshot(snapshot, name+".state")); state != lost || !errors.Is(err, syscall.EIO) {
+						t.Errorf("%s, %s@%s: %s, read with error %v\nwant %s, and EIO", when, name, snapshot, state, err, lost)
+					}
+					return
+				}
+				if err == nil {
+					err = Verify(image[:size/2], name, 0, pass, pass)
+				}
+				if err != nil {
+					t.Errorf("%s, %s@%s: %v", when, name, snapshot, err)
+				}
+			}
+			generation := read(t, d.device("vda", "cbt", "generation"))
+			mkdir(t, d.snapshot("old"))
+			overwrite("vda", size/2, 2) // fills the first part, and goes on in the second
+			overwrite("vdb", size/2, 2)
+			wantImage("at first", "old", "vda", 1)
+			tc.end(d)
+
+			tc.missing(t, part)
+			args := []string{a, b, "--store", second}
+			if tc.named {
+				args = []string{a, b, "--store", first, "--store", second}
+			}
+			d.start(args...)
+			wantImage("without the part", "old", "vda", 0)
+			wantImage("without the part", "old", "vdb", 1)
+			for _, says := range []string{"a part of the snapstore is not there any more", "snapshot=old", lost[len("failed: "):]} {
+				if !strings.Contains(d.stderr.String(), says) {
+					t.Errorf("the log does not say %q", says)
+				}
+			}
+			if events := d.blksnap("events"); !strings.Contains(events, lost[len("failed: "):]) {
+				t.Errorf("no event says why the snapshot is lost:\n%s", events)
+			}
+			mkdir(t, d.snapshot("mid"))
+			overwrite("vda", size/2, 3)
+			tc.end(d)
+
+			if tc.named {
+				run(t, "mv", part+".kept", part)
+			}
+			d.start(a, b, "--store", first, "--store", second)
+			back := "when the part is back"
+			mkdir(t, d.snapshot("new"))
+			overwrite("vda", size/2, 4) // into the part as well
+			if !tc.named {
+				wantImage(back, "mid", "vda", 2)
+			} else if got := read(t, d.snapshot("mid", "vda.state")); !strings.HasPrefix(got, "failed: ") { // it was in the file that is gone now
+				t.Errorf("state of an image in a file that was replaced\n got %s\nwant failed", got)
+			}
+			wantImage(back, "old", "vda", 0)
+			wantImage(back, "old", "vdb", 1)
+			wantImage(back, "mid", "vdb", 2)
+			wantImage(back, "new", "vda", 3)
+			if got := read(t, d.device("vda", "cbt", "generation")); got != generation {
+				t.Error("a part of the snapstore costs the generation")
+			}
+			if out := d.blksnap("state", "check"); out != "" {
+				t.Errorf("state check: %s", out)
+			}
+		})
+	}
+}
+
 // Something else where a file of the daemon's was: a start goes on without what was
 // in it, or says why it cannot, and does not hang.
 func TestStateThatIsNoFile(t *testing.T) {
@@ -193,6 +296,7 @@ func TestStartThatFailsCostsNothing(t *testing.T) {
 	}{
 		{"another store, and a mount point that is not there", []string{a, b, "--store", "mem:8MiB", "--mount", dir + "/none"}, "none"},
 		{"another store, and an origin that is not there", []string{a, dir + "/b2.img", "--store", "file:" + dir + "/wrong:8MiB"}, "b2.img"},
+		{"a store more, on a device that is not there", append(slices.Clone(right), "--store", "dev:"+dir+"/absent"), "absent"},
 		{"a device less, and a mount point that is not there", []string{a, "--store", "mem:8MiB", "--mount", dir + "/none"}, "none"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
