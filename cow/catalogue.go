@@ -33,7 +33,11 @@ type Catalogue struct {
 	state string // empty: nothing outlives the machine
 	disk  stateDisk
 	boot  string
-	mem   *memory
+
+	// patience is for the calls on disk of those who open devices.
+	patience patience
+
+	mem *memory
 
 	// booted is when the machine was started, in nanoseconds since 1970; 0 where that
 	// is not known.

@@ -20,7 +20,7 @@ func TestDamagedState(t *testing.T) {
 	l.must(l.checkpoint())
 	l.put(4 << regionShift)
 	l.take()
-	l.must(l.dev.noteTear(&tear{1, "s"}))
+	l.must(l.dev.noteTear(&tear{number: 1, snapshot: "s"}))
 	l.fact("torn", func(f *powerFacts) { f.torn, f.mayTear, f.generation = true, true, "" })
 	generation := l.dev.Changes().Generation()
 	for _, name := range []string{"map", "regions", "rollback"} {

@@ -132,8 +132,9 @@ func (d *Device) restartDurable() error {
 		return err
 	}
 	generation := d.changes().Generation()
-	if ended, err := d.file.ended(); err == nil && ended == generation {
-		// A start found the map in the run directory, and goes on with it.
+	if d.hasEnded(generation) {
+		// A start found the map in the run directory, and goes on with it; or could not
+		// tell what it found here, which is gone now.
 		if err := d.stamp(func() error { return d.file.noteEnded(uuid.Nil) }); err != nil {
 			return err
 		}
@@ -253,6 +254,7 @@ func (d *Device) writeDown() {
 	err := d.checkpoint()
 	if d.durable.Load() == nil {
 		err = d.restartDurable()
+		d.findUnreadTear()
 	}
 	if err != nil && !errors.Is(err, ErrStopping) {
 		d.cfg.Log.Warn("write the change map down", "err", err)

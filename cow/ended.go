@@ -3,8 +3,8 @@
 // What could not be noted must not be trusted after a reboot. So before the first write
 // goes on that is not recorded, it is noted that the generation has ended, where that is
 // possible: the map that was written down is removed, or an attribute of the origin
-// names the generation. Both are tried at once, because either disk may hang, and one
-// of them is enough. (The record stays: it knows the last number.)
+// names the generation (uuid.Max: whichever is there). Both are tried at once, because either
+// disk may hang, and one of them is enough. (The record stays: it knows the last number.)
 //
 // One limit holds for everything that a write waits for here. Half of it is for
 // recording, and what is left for noting that it did not work.

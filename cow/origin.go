@@ -315,7 +315,7 @@ func (f *hostFile) identify(fingerprint bool) (identity, error) {
 }
 
 // endedAttr is the extended attribute of a file that names the generation that
-// has ended.
+// has ended; uuid.Max: whichever is in the state directory.
 const endedAttr = "user.blksnap.ended"
 
 func (f *hostFile) noteEnded(generation uuid.UUID) error {

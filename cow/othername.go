@@ -61,8 +61,21 @@ func (d *Device) tellOthers() error {
 	for name := range othersIn(d.cat.dir, d.name) {
 		errs = append(errs, d.tellRun(filepath.Join(d.cat.deviceDir(name), "lease"), now))
 	}
+	err = d.cat.patience.call(d.cfg.PreserveLimit/2, func() error { return d.tellStates(now) }, nil)
+	if errors.Is(err, errNoAnswer) {
+		// It goes on. That another device may believe its old map if we are killed before, and
+		// it gets this disk again, is no reason to let nobody write to it.
+		d.cfg.Log.Error("cannot note yet that the origin has another name now", "err", err)
+		err = nil
+	}
+	return errors.Join(append(errs, err)...)
+}
+
+// tellStates is tellState for all others.
+func (d *Device) tellStates(now identity) error {
+	var errs []error
 	for name := range othersIn(d.cat.state, d.name) {
-		errs = append(errs, within(d.cfg.PreserveLimit, func() error { return d.tellState(name, now) }))
+		errs = append(errs, d.tellState(name, now))
 	}
 	return errors.Join(errs...)
 }

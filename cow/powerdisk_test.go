@@ -127,6 +127,9 @@ type disks struct {
 	// changed nothing.
 	before func(what string) error
 
+	// looking, if set, is called before each call that changes nothing.
+	looking func(what string) error
+
 	// pause, if set, is called before each write of the origin, and may wait.
 	pause atomic.Pointer[func()]
 
@@ -175,6 +178,14 @@ func (d *disks) ask(what string) error {
 		return nil
 	}
 	return d.before(what)
+}
+
+// askLook is looking.
+func (d *disks) askLook(what string) error {
+	if d.looking == nil {
+		return nil
+	}
+	return d.looking(what)
 }
 
 // write writes p to a file.
@@ -321,6 +332,8 @@ func (d *disks) open(name string, create bool) (durableFile, error) {
 		if err := d.ask("create " + name); err != nil {
 			return nil, err
 		}
+	} else if err := d.askLook("open " + name); err != nil {
+		return nil, err
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -442,6 +455,9 @@ func (f *diskFile) ask(what string) error {
 }
 
 func (f *diskFile) ReadAt(p []byte, off int64) (int, error) {
+	if err := f.disks.askLook("read " + f.name); err != nil {
+		return 0, err
+	}
 	f.disks.mu.Lock()
 	defer f.disks.mu.Unlock()
 	return f.disks.readLocked(f.node, p, off)

@@ -21,15 +21,15 @@ import (
 // the device's already.
 func (d *Device) reopenDurable() error {
 	generation := d.changes().Generation()
-	if ended, err := d.file.ended(); err == nil && ended == generation {
+	if d.hasEnded(generation) {
 		return errEnded
 	}
-	c, err := openCheckpoint(d.cat.disk, d.mapPath())
+	c, err := openCheckpoint(d.promptDisk(), d.mapPath())
 	if err != nil {
 		return err
 	}
 	defer c.file.Close()
-	r, err := openRegions(d.cat.disk, d.regionsPath())
+	r, err := openRegions(d.promptDisk(), d.regionsPath())
 	if err != nil {
 		return err
 	}
@@ -37,8 +37,20 @@ func (d *Device) reopenDurable() error {
 		r.file.Close()
 		return fmt.Errorf("%w: the record of regions is of another generation or size", ErrDamaged)
 	}
-	d.durable.Store(newDurable(r))
+	d.goOnWith(r)
 	return nil
+}
+
+// goOnWith goes on with a record that was found.
+func (d *Device) goOnWith(r *regions) {
+	r.file = r.file.(promptFile).patient()
+	d.durable.Store(newDurable(r))
+}
+
+// hasEnded says whether it is noted with the origin that a generation has ended.
+func (d *Device) hasEnded(generation uuid.UUID) bool {
+	ended, err := d.file.ended()
+	return err == nil && (ended == generation || ended == uuid.Max)
 }
 
 // errEnded is of a generation that ended while the map could not be removed.
@@ -48,12 +60,12 @@ var errEnded = errors.New("writes could not be recorded any more")
 // the device, with all recorded regions marked, and goes on with the record. An error
 // says why it cannot be trusted, or (errBlank) that there is none.
 func (d *Device) recoverDurable() error {
-	r, rerr := openRegions(d.cat.disk, d.regionsPath())
+	r, rerr := openRegions(d.promptDisk(), d.regionsPath())
 	if rerr == nil {
 		// Whatever comes of the rest, numbers go on, and leave one out.
 		d.cfg.Number = max(d.cfg.Number, r.state.number+1)
 	}
-	c, err := openCheckpoint(d.cat.disk, d.mapPath())
+	c, err := openCheckpoint(d.promptDisk(), d.mapPath())
 	if err == nil {
 		d.cfg.Number = max(d.cfg.Number, c.number+1)
 		defer c.file.Close()
@@ -68,7 +80,7 @@ func (d *Device) recoverDurable() error {
 		r.file.Close()
 		return err
 	}
-	d.durable.Store(newDurable(r))
+	d.goOnWith(r)
 	return nil
 }
 
@@ -93,7 +105,7 @@ func (d *Device) recoverMap(c *checkpointFile, r *regions) error {
 	if d.cfg.TrackingBlock != 0 && d.cfg.TrackingBlock != c.block {
 		return fmt.Errorf("it has tracking blocks of %d bytes, asked for are %d", c.block, d.cfg.TrackingBlock)
 	}
-	if ended, err := d.file.ended(); err == nil && ended == c.generation {
+	if d.hasEnded(c.generation) {
 		return errEnded
 	}
 	clean := c.clean
@@ -133,24 +145,28 @@ func (d *Device) recoverMap(c *checkpointFile, r *regions) error {
 }
 
 // endFound sees to it that nobody trusts after the next reboot what was found and is
-// not gone on with: from now on writes are not recorded there.
+// not gone on with: from now on writes are not recorded there. Where the state directory
+// does not even say what that is, all that was there until now has ended.
 func (d *Device) endFound() {
 	if d.stateDir == "" || d.durable.Load() != nil {
 		return
 	}
 	generation := uuid.Nil
-	err := within(d.cfg.PreserveLimit/2, func() error {
-		c, err := openCheckpoint(d.cat.disk, d.mapPath())
-		if err == nil {
-			generation = c.generation
-			err = c.file.Close()
-		}
-		return err
-	})
-	if errors.Is(err, errNoAnswer) {
-		generation = uuid.Nil
+	if c, err := openCheckpoint(d.promptDisk(), d.mapPath()); err == nil {
+		generation = c.generation
+		c.file.Close()
 	}
-	if err := d.noteEnded(generation, time.Now().Add(d.cfg.PreserveLimit/2)); err != nil {
+	limit := d.cfg.PreserveLimit / 2
+	var err error
+	if d.cat.patience.hangs() {
+		go d.forgetter()() // whenever it answers: it would be waited for in vain
+		err = within(limit, func() error {
+			return d.stamp(func() error { return d.file.noteEnded(uuid.Max) })
+		})
+	} else {
+		err = d.noteEnded(generation, time.Now().Add(limit))
+	}
+	if err != nil {
 		d.cfg.Log.Error("cannot note that the generation has ended", "err", err)
 	}
 }

@@ -44,9 +44,13 @@ const (
 type tear struct {
 	number   uint64 // of the device's last snapshot before it
 	snapshot string
+	unread   error // why nobody knows whether there is one
 }
 
 func (t *tear) String() string {
+	if t.unread != nil {
+		return fmt.Sprintf("cannot tell whether a rollback has ended: %v", t.unread)
+	}
 	return fmt.Sprintf("a rollback to %s did not end: the content is neither what it was nor that of the snapshot", t.snapshot)
 }
 
@@ -71,7 +75,7 @@ func decodeTear(b []byte) (*tear, error) {
 	case le.Uint32(b[12:]) != sumWithout(b) || le.Uint64(b[24:]) > maxName:
 		return nil, fmt.Errorf("%w: note of a rollback: checksum", ErrDamaged)
 	}
-	return &tear{le.Uint64(b[16:]), string(b[32:][:le.Uint64(b[24:])])}, nil
+	return &tear{number: le.Uint64(b[16:]), snapshot: string(b[32:][:le.Uint64(b[24:])])}, nil
 }
 
 // tearPath is where the note is, empty where nothing outlives the machine.
@@ -86,10 +90,16 @@ func (d *Device) tearPath() string {
 // stays noted.
 func (i *Image) beginTear() error {
 	d := i.device
+	if t := d.tear.Load(); t != nil && t.unread != nil {
+		err := within(d.cfg.PreserveLimit, func() error { d.findUnreadTear(); return nil })
+		if err != nil {
+			return fmt.Errorf("note the rollback: %w", err)
+		}
+	}
 	if d.tear.Load() != nil {
 		return nil
 	}
-	t := &tear{d.changes().Number(), i.snapshot.name}
+	t := &tear{number: d.changes().Number(), snapshot: i.snapshot.name}
 	if err := d.noteTear(t); err != nil {
 		return fmt.Errorf("note the rollback: %w", err)
 	}
@@ -180,25 +190,45 @@ func readTear(disk stateDisk, path string) (*tear, error) {
 
 // findTear finds what a predecessor noted.
 func (d *Device) findTear() {
-	path := d.tearPath()
-	if path == "" {
+	if path := d.tearPath(); path != "" {
+		d.tear.Store(d.readTear(d.promptDisk(), path))
+	}
+}
+
+// findUnreadTear is findTear once more, where the state disk did not answer.
+func (d *Device) findUnreadTear() {
+	was := d.tear.Load()
+	if was == nil || !errors.Is(was.unread, errNoAnswer) {
 		return
 	}
-	t, err := readTear(d.cat.disk, path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return
+	if d.tear.CompareAndSwap(was, d.readTear(d.cat.disk, d.tearPath())) {
+		d.tellTear()
 	}
-	if err != nil {
+}
+
+// readTear is readTear for what a device is to say.
+func (d *Device) readTear(disk stateDisk, path string) *tear {
+	t, err := readTear(disk, path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case errors.Is(err, errNoAnswer):
+		return &tear{unread: err}
+	case err != nil:
 		d.cfg.Log.Error("cannot tell which rollback did not end", "err", err)
-		t = &tear{snapshot: "an unknown snapshot"}
+		return &tear{snapshot: "an unknown snapshot"}
 	}
-	d.tear.Store(t)
+	return t
 }
 
 // tellTear tells of a device that is torn and stays so.
 func (d *Device) tellTear() {
 	t := d.tear.Load()
 	if t == nil || d.RollingBack() != nil {
+		return
+	}
+	if t.unread != nil {
+		d.cfg.Log.Error("cannot tell whether a rollback has ended", "err", t.unread)
 		return
 	}
 	d.cfg.Log.Error("rollback did not end", "snapshot", t.snapshot, "err", t.String())

@@ -16,11 +16,11 @@ import (
 func TestTearFormat(t *testing.T) {
 	want := append([]byte("blksnapT\x01\x00\x00\x00\xbe\x4a\x30\xf0"+
 		"\x02\x01\x00\x00\x00\x00\x00\x00"+"\x07\x00\x00\x00\x00\x00\x00\x00"+"nightly"), make([]byte, 57)...)
-	got := (&tear{258, "nightly"}).encode()
+	got := (&tear{number: 258, snapshot: "nightly"}).encode()
 	if !bytes.Equal(got, want) {
 		t.Errorf("encoded:\n got %q\nwant %q", got, want)
 	}
-	if r, err := decodeTear(want); err != nil || *r != (tear{258, "nightly"}) {
+	if r, err := decodeTear(want); err != nil || *r != (tear{number: 258, snapshot: "nightly"}) {
 		t.Errorf("decoded: got %+v, %v", r, err)
 	}
 	for at := range want {
