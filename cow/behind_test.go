@@ -18,9 +18,10 @@ func (f stamped) identify(bool) (identity, error) {
 
 // TestStampAfterAnEnd has somebody else's write stamp an origin while its device is
 // closed. After a clean end our own last stamp is known, so any other is somebody else's,
-// also where the clock was set back meanwhile.
+// also where the clock was set back meanwhile. After a kill it is at least known what the
+// stamp was when the last snapshot was taken.
 func TestStampAfterAnEnd(t *testing.T) {
-	const begun, left = 1000, 2000
+	const begun, taken, left = 1000, 1500, 2000
 	for _, tc := range []struct {
 		name   string
 		stamp  int64
@@ -32,6 +33,8 @@ func TestStampAfterAnEnd(t *testing.T) {
 		{"earlier, by a clock that was set back", left - 1, false, "restored to an earlier state"},
 		{"from before our start", begun - 1, false, "restored to an earlier state"},
 		{"killed, within the lease", left, true, ""},
+		{"killed, from after the last snapshot", taken, true, ""}, // what came then is marked
+		{"killed, from before the last snapshot", taken - 1, true, "restored to an earlier state"},
 		{"killed, from before our start", begun - 1, true, "restored to an earlier state"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -39,6 +42,7 @@ func TestStampAfterAnEnd(t *testing.T) {
 			changed := int64(begun)
 			h.wrap = func(f originFile) originFile { return stamped{f, &changed} }
 			h.open()
+			changed = taken
 			h.take("s")
 			put(t, h.dev, 1, 0, chunkSize)
 			was := h.dev.Changes().Generation()

@@ -102,8 +102,10 @@ func (id identity) foreign(now identity, lease time.Time, sameBoot, clean bool) 
 //	              of ours has changed it since; changes
 //	   616     8  one more than how many sectors were ever written to a block device, 0 where
 //	              that is not known (written.go); changes
-//	   624     8  length of why the generation began, 0 where that is not known; changes
-//	   632   512  that reason
+//	   624     8  the origin's change time after the last snapshot was taken, 0 where none
+//	              was since the start; changes
+//	   632     8  length of why the generation began, 0 where that is not known; changes
+//	   640   512  that reason
 const (
 	leaseAt      = checkpointHeader
 	resizedAt    = leaseAt + 8
@@ -112,7 +114,8 @@ const (
 	otherNameAt  = otherAt + 8
 	leftAt       = otherNameAt + maxName
 	writtenAt    = leftAt + 8
-	reasonAt     = writtenAt + 8
+	stampAt      = writtenAt + 8
+	reasonAt     = stampAt + 8
 	reasonTextAt = reasonAt + 8
 	maxReason    = 512
 )
@@ -143,6 +146,9 @@ func (d *Device) openLease() (mem *memory, was identity, lease time.Time, err er
 		was.size = size // by the predecessor, in its last moment
 	}
 	lease = time.Unix(0, int64(wordAt(mem.Bytes(), leaseAt).Load()))
+	if stamp := wordAt(mem.Bytes(), stampAt).Load(); stamp != 0 {
+		was.changed = int64(stamp)
+	}
 	if was.isFile() && wordAt(mem.Bytes(), leftAt).Load() != 0 {
 		was.changed = lease.UnixNano() // whatever the clock did since
 	}
@@ -173,6 +179,24 @@ func (d *Device) noteCut(size int64) {
 	d.always(func() { wordAt(d.leaseMemory.Bytes(), cutToAt).Store(uint64(size)) })
 }
 
+// noteStamp notes how old the origin may look to the next start: not older than the
+// newest snapshot. Somebody may bring the whole file system back to an earlier moment,
+// with the stamp of that, which is within the lease. What was written between that
+// moment and a snapshot is gone then, and neither the snapshot's images nor its number
+// know it; what was written after the snapshot is marked, and preserved.
+func (d *Device) noteStamp() {
+	err := within(takeLimit, func() error {
+		id, err := d.file.identify(false)
+		if err == nil && id.isFile() {
+			d.always(func() { wordAt(d.leaseMemory.Bytes(), stampAt).Store(uint64(id.changed)) })
+		}
+		return err
+	})
+	if err != nil {
+		d.cfg.Log.Warn("cannot note the origin's change time", "err", err)
+	}
+}
+
 // beginLease writes who the origin is to mem, and lets the lease begin.
 func (d *Device) beginLease(mem *memory) error {
 	info, err := d.checkpointInfo(false)
@@ -187,6 +211,7 @@ func (d *Device) beginLease(mem *memory) error {
 	wordAt(mem.Bytes(), otherAt).Store(0)
 	wordAt(mem.Bytes(), leftAt).Store(0)
 	wordAt(mem.Bytes(), writtenAt).Store(0)
+	wordAt(mem.Bytes(), stampAt).Store(0)
 	d.lease = (*atomic.Int64)(unsafe.Pointer(&mem.Bytes()[leaseAt]))
 	d.lease.Store(max(d.lease.Load(), info.origin.changed))
 	mem.closeWhenUnused()

@@ -124,6 +124,7 @@ func (c *Catalogue) take(name string, devices []*Device, o TakeOptions) (*Snapsh
 	for _, p := range preps {
 		p.device.guarded(p.layer.commit)
 		c.did("commit a layer")
+		p.device.noteStamp()
 		s.images = append(s.images, p.image)
 	}
 	s.sortImages()
