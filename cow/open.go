@@ -113,7 +113,9 @@ func (d *Device) find() (lost, err error) {
 	if mem == nil {
 		return nil, why
 	}
-	if why == nil {
+	if why != nil {
+		lease = time.Time{} // not to be believed
+	} else {
 		why = d.recoverState(was.size)
 	}
 	if why == nil { // a predecessor in this boot
@@ -139,7 +141,7 @@ func (d *Device) find() (lost, err error) {
 		return nil, err
 	}
 	if d.stateDir != "" {
-		if err := d.recoverDurable(); err == nil {
+		if err := d.recoverDurable(lease); err == nil {
 			lost = nil
 		} else if !errors.Is(err, errBlank) {
 			why = err

@@ -58,8 +58,9 @@ var errEnded = errors.New("writes could not be recorded any more")
 
 // recoverDurable finds the map that was written down, after a reboot: it loads it into
 // the device, with all recorded regions marked, and goes on with the record. An error
-// says why it cannot be trusted, or (errBlank) that there is none.
-func (d *Device) recoverDurable() error {
+// says why it cannot be trusted, or (errBlank) that there is none. lease is the one from
+// the run directory, zero where that has none.
+func (d *Device) recoverDurable(lease time.Time) error {
 	r, rerr := openRegions(d.promptDisk(), d.regionsPath())
 	if rerr == nil {
 		// Whatever comes of the rest, numbers go on, and leave one out.
@@ -76,7 +77,7 @@ func (d *Device) recoverDurable() error {
 		}
 		return whyNot(err, rerr)
 	}
-	if err := d.recoverMap(c, r); err != nil {
+	if err := d.recoverMap(c, r, lease); err != nil {
 		r.file.Close()
 		return err
 	}
@@ -98,7 +99,7 @@ func whyNot(checkpoint, record error) error {
 	return record
 }
 
-func (d *Device) recoverMap(c *checkpointFile, r *regions) error {
+func (d *Device) recoverMap(c *checkpointFile, r *regions, run time.Time) error {
 	if r.state.generation != c.generation || r.state.size != c.origin.size {
 		return fmt.Errorf("%w: checkpoint and record of regions do not belong together", ErrDamaged)
 	}
@@ -116,14 +117,22 @@ func (d *Device) recoverMap(c *checkpointFile, r *regions) error {
 	if err != nil {
 		return err
 	}
-	lease := r.state.lease
-	if c.boot != d.cat.boot && d.cat.booted != 0 {
+	lease, sameBoot := r.state.lease, c.boot == d.cat.boot
+	switch {
+	case sameBoot && !clean && run.IsZero():
+		lease = 0 // it would run on for much longer than we did
+	case sameBoot && !clean:
+		lease = min(lease, run.UnixNano())
+	case !sameBoot && d.cat.booted != 0:
 		lease = min(lease, d.cat.booted) // who wrote since the machine was started is not us
 	}
 	// What was there when the map was written down is ours: there may have been no write
 	// since that needed the lease.
 	lease = max(lease, c.origin.changed)
-	if err := c.origin.foreign(now, time.Unix(0, lease), c.boot == d.cat.boot, clean); err != nil {
+	if err := c.origin.foreign(now, time.Unix(0, lease), sameBoot, clean); err != nil {
+		if sameBoot && !clean && run.IsZero() && now.isFile() && now.changed > lease {
+			return errors.New("the origin was written, and what the run directory knew of it is lost: nobody knows who wrote last")
+		}
 		return err
 	}
 	mem, err := d.changesAt(c.block)

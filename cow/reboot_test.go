@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -307,5 +309,54 @@ func TestBootTime(t *testing.T) {
 	from, to := from.Add(-up-time.Second), time.Now().Add(-up+time.Second) // it may be rounded either way
 	if got := time.Unix(0, bootTime()); got.Before(from) || got.After(to) {
 		t.Errorf("the machine was started at %v, want from %v to %v", got, from, to)
+	}
+}
+
+// TestRunDirectoryIsLost kills the process and takes away what the run directory has,
+// in the same boot. The lease in the state directory runs on for longer than anybody's
+// writes can be told from ours: only the one in the run directory says whose they are.
+func TestRunDirectoryIsLost(t *testing.T) {
+	for _, tc := range []struct {
+		name          string
+		lost          string // of the device's directory
+		ours, foreign bool   // who wrote since the map was written down
+		kept          bool
+		why           string
+	}{
+		{"all of it, nobody wrote", "", false, false, true, ""},
+		{"all of it, we wrote", "", true, false, false, "nobody knows who wrote last"},
+		{"all of it, somebody wrote", "", false, true, false, "nobody knows who wrote last"},
+		{"the map, we wrote", "changes", true, false, true, ""},
+		{"the map, somebody wrote", "changes", true, true, false, "behind our back"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			l := newPowerLife(t)
+			l.dir = t.TempDir()
+			l.keep()
+			l.put(0) // the lease in the state directory runs for 30 s
+			l.take()
+			l.must(l.checkpoint())
+			was := l.dev.Changes().Generation()
+			if tc.ours {
+				l.put(0)
+			}
+			killed := l.dev
+			t.Cleanup(func() { killed.Close() })
+			killed.leaveLease()
+			if tc.foreign {
+				killed.lease.Store(1)
+				if _, err := (diskOrigin{disks: l.disks}).WriteAt(make([]byte, SectorSize), 5<<regionShift); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := os.RemoveAll(filepath.Join(l.cat.deviceDir("vda"), tc.lost)); err != nil {
+				t.Fatal(err)
+			}
+			l.open()
+			why, _ := l.why.Load().(string)
+			if kept := l.dev.Changes().Generation() == was; kept != tc.kept || !kept && !strings.Contains(why, tc.why) {
+				t.Errorf("the generation is kept: %v, because %q\nwant %v, %q", kept, why, tc.kept, tc.why)
+			}
+		})
 	}
 }
