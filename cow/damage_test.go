@@ -2,10 +2,14 @@ package cow
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"maps"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 )
 
 // TestDamagedState starts, after a loss of power, on a state directory in which one byte
@@ -95,4 +99,86 @@ func (n *inode) patch(off int64, b byte) {
 	s[off%SectorSize] = b
 	n.sectors = maps.Clone(n.sectors)
 	n.sectors[off/SectorSize] = s
+}
+
+// TestDamageInTheRunDirectory spoils a file of the run directory while nobody uses it. The
+// start that finds it goes on with the map in the state directory, and says which file
+// cost the device its images, and why.
+func TestDamageInTheRunDirectory(t *testing.T) {
+	change := func(at int64) func(string) error {
+		return func(path string) error {
+			b, err := os.ReadFile(path)
+			if err == nil {
+				b[at] ^= 0x11
+				err = os.WriteFile(path, b, 0o600)
+			}
+			return err
+		}
+	}
+	cut := func(path string) error { return os.Truncate(path, 10) }
+	asDir := func(path string) error {
+		return errors.Join(os.Remove(path), os.MkdirAll(filepath.Join(path, "x"), 0o700))
+	}
+	asLink := func(path string) error { return errors.Join(os.Remove(path), os.Symlink("/none/x", path)) }
+	for _, tc := range []struct {
+		name, file string
+		spoil      func(path string) error
+		want       string
+	}{
+		{"magic of the lease", "lease", change(0), "its images are lost: lease: damaged state: "},
+		{"version of the lease", "lease", change(8), "its images are lost: lease: state of another version"},
+		{"a byte of the lease", "lease", change(20), "its images are lost: lease: damaged state: "},
+		{"lease cut short", "lease", cut, "its images are lost: lease: damaged state: "},
+		{"no lease", "lease", os.Remove, "its images are lost: lease: it is not there"},
+		{"lease is a directory", "lease", asDir, "its images are lost: damaged state: lease: it is not a regular file"},
+		{"lease is a link", "lease", asLink, "its images are lost: damaged state: lease: it is not a regular file"},
+		{"magic of the map", "changes", change(0), "its images are lost: change map: no changed-block map"},
+		{"version of the map", "changes", change(8), "its images are lost: change map: changed-block map of an unknown version"},
+		{"map cut short", "changes", cut, "its images are lost: change map: damaged state: it is cut short"},
+		{"no map", "changes", os.Remove, "its images are lost: change map: file does not exist"},
+		{"map is a directory", "changes", asDir, "its images are lost: change map: it is not a regular file"},
+		{"magic of an overlay", "overlay-0", change(0), "what was written to it is lost: damaged state: "},
+		{"no overlay", "overlay-0", os.Remove, "what was written to it is lost: no such file or directory"},
+		{"overlay emptied", "overlay-0", func(path string) error { return os.Truncate(path, 0) }, "what was written to it is lost: its file was emptied"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			h := newHome(t, siteSize)
+			h.state = t.TempDir()
+			var told []Event
+			h.notify = func(e Event) {
+				if e.Kind != EventGeneration {
+					told = append(told, e)
+				}
+			}
+			h.open()
+			if _, err := h.cat.Take("s", []*Device{h.dev}, TakeOptions{Limit: time.Minute, Writable: true}); err != nil {
+				t.Fatal(err)
+			}
+			put(t, h.dev, 1, 0, chunkSize)
+			was := h.dev.Changes().Generation()
+			release, err := h.dev.holdDurable()
+			if err != nil {
+				t.Fatal(err)
+			}
+			h.dev.writeDown() // which the first start does in its own time
+			release()
+			h.close()
+			told = nil
+			if err := tc.spoil(filepath.Join(h.dir, "run", "devices", "vda", tc.file)); err != nil {
+				t.Fatal(err)
+			}
+			h.open()
+			defer h.close()
+			if len(told) != 1 || told[0].Kind != EventSnapshotFailed || !strings.HasPrefix(told[0].Text, tc.want) {
+				t.Errorf("events\n got %+v\nwant one, of images: %s", told, tc.want)
+			}
+			if h.dev.Changes().Generation() != was {
+				t.Errorf("a new generation has begun: %s", h.dev.Reason())
+			}
+			p := make([]byte, chunkSize)
+			if err := h.dev.Read(p, 0); err != nil || p[0] != 1 {
+				t.Errorf("the origin is read with error %v, as %d, want 1", err, p[0])
+			}
+		})
+	}
 }

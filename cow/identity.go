@@ -121,9 +121,14 @@ const (
 )
 
 // openLease maps the device's lease file, and returns the identity and the lease
-// that a predecessor left; errBlank where there is none.
+// that a predecessor left; errBlank where there is none. mem is nil where it cannot be
+// mapped; ErrDamaged says that another file may be in its place.
 func (d *Device) openLease() (mem *memory, was identity, lease time.Time, err error) {
-	mem, err = memoryAt(d.path("lease"), memoryStep)
+	path := d.path("lease")
+	if st, err := os.Lstat(path); err == nil && !st.Mode().IsRegular() {
+		return nil, was, lease, fmt.Errorf("%w: lease: it is not a regular file", ErrDamaged)
+	}
+	mem, err = memoryAt(path, memoryStep)
 	if err != nil {
 		return nil, was, lease, err
 	}
@@ -138,6 +143,9 @@ func (d *Device) openLease() (mem *memory, was identity, lease time.Time, err er
 		return mem, was, lease, errBlank
 	}
 	info, err := decodeCheckpoint(b)
+	if err != nil {
+		err = fmt.Errorf("lease: %w", err)
+	}
 	was = info.origin
 	if size := wordAt(mem.Bytes(), resizedAt).Load(); size != 0 {
 		was.size = int64(size)

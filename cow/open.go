@@ -110,7 +110,7 @@ var errNew = errors.New("the device is new")
 // has begun, nil if none has.
 func (d *Device) find() (lost, err error) {
 	mem, was, lease, why := d.openLease()
-	if mem == nil {
+	if mem == nil && !errors.Is(why, ErrDamaged) {
 		return nil, why
 	}
 	if why != nil {
@@ -134,11 +134,14 @@ func (d *Device) find() (lost, err error) {
 		d.findReason()
 		return lost, err
 	}
+	why = d.tellWiped(why)
 	if err := d.wipe(); err != nil {
 		return nil, err
 	}
-	if err := mem.Close(); err != nil {
-		return nil, err
+	if mem != nil {
+		if err := mem.Close(); err != nil {
+			return nil, err
+		}
 	}
 	if d.stateDir != "" {
 		if err := d.recoverDurable(lease); err == nil {
@@ -172,6 +175,21 @@ func (d *Device) disown(why error) {
 		d.breakImage(i, failed(why.Error()), why)
 	}
 	d.changes().Reset(uuid.New())
+}
+
+// tellWiped tells which images are about to be forgotten, and returns why: the
+// generation may well go on, and a snapshot that lacks an image cannot say it.
+func (d *Device) tellWiped(why error) error {
+	layers, err := d.numbers(layerName)
+	if err != nil || len(layers) == 0 {
+		return why
+	}
+	if errors.Is(why, errBlank) {
+		why = errors.New("lease: it is not there")
+	}
+	d.cfg.Log.Error("images lost", "file", d.dir, "err", why)
+	d.event(EventSnapshotFailed, "", fmt.Sprintf("its images are lost: %v; destroy the snapshots", why))
+	return why
 }
 
 // wipe forgets what is in the run directory.

@@ -48,8 +48,11 @@ func newOverlay(dir string, h layerHeader) (*overlay, error) {
 // openOverlay opens the overlay that a predecessor left, as it was entered.
 func (d *Device) openOverlay(e entered) (*overlay, error) {
 	t, err := findTable(layerPath(d.dir, overlayName, e.number), overlayMagic, e.number)
+	if errors.Is(err, errBlank) {
+		err = errors.New("its file was emptied")
+	}
 	if err != nil {
-		return nil, err
+		return nil, cause(err)
 	}
 	h, _ := decodeLayerHeader(t.header(), overlayMagic)
 	if err := e.check(h); err != nil {

@@ -281,9 +281,9 @@ func (d *Device) recoverImage(s *Snapshot, l foundLayer, frozen map[uint64]*cbt.
 	case kind != faultNone:
 		i.fault.Store(failed(reason))
 	case i.frozen == nil:
-		i.noteFaultLocked(failed("its change map is lost"))
+		i.failFound("its change map is lost")
 	case err != nil:
-		i.noteFaultLocked(failed("what was written to it is lost: " + err.Error()))
+		i.failFound("what was written to it is lost: " + err.Error())
 	default:
 		l.layer.image = i
 		d.addImageLocked(i) // nobody else is there yet
@@ -296,6 +296,13 @@ func (d *Device) recoverImage(s *Snapshot, l foundLayer, frozen map[uint64]*cbt.
 		s.images = append(s.images, i)
 		s.lost--
 	}
+}
+
+// failFound fails an image that a start has found, and tells it.
+func (i *Image) failFound(why string) {
+	i.noteFaultLocked(failed(why))
+	i.device.cfg.Log.Error("snapshot lost", "snapshot", i.snapshot.name, "err", why)
+	i.device.event(EventSnapshotFailed, i.snapshot.name, why)
 }
 
 // adopt puts the slots that words name in use again. A slot that two layers name
