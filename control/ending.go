@@ -4,7 +4,11 @@
 //
 // Who holds a lock is in /proc/locks, and whether that is ending in /proc: a daemon
 // that stops changes its name there, and one that was killed is a zombie until its
-// last thread has ended.
+// last thread has ended, or has the signal pending.
+//
+// A thread that waits for an answer of its own process' tree cannot be killed, and the
+// process does not end as long as it holds that tree's connection. The next start cuts
+// that off, where it is told to mount its tree on the same directory.
 
 package control
 
@@ -14,12 +18,15 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"blksnap/fusefs"
 )
 
 // endingName is what a daemon that stops is called.
@@ -91,15 +98,58 @@ func lockHolder(locks string, dev, ino uint64) (pid int, ok bool) {
 
 // isEnding says whether a process is a daemon that stops, or was killed.
 func isEnding(pid int) bool {
-	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	name, killed, err := processState(pid)
 	if err != nil {
 		return errors.Is(err, os.ErrNotExist) // it has ended
 	}
-	_, rest, _ := strings.Cut(string(stat), "(")
-	end := strings.LastIndex(rest, ") ")
-	if end < 0 || end+2 >= len(rest) {
-		return false
+	return name == endingName || killed && isDaemon(name)
+}
+
+func isDaemon(name string) bool { return strings.HasPrefix(name, "blksnap") }
+
+// processState returns what a process is called, and whether it was killed: then its
+// first thread has ended, or waits for what cannot be interrupted.
+func processState(pid int) (name string, killed bool, err error) {
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return "", false, err
 	}
-	name, state := rest[:end], rest[end+2]
-	return name == endingName || strings.HasPrefix(name, "blksnap") && (state == 'Z' || state == 'X')
+	for line := range strings.Lines(string(status)) {
+		key, value, _ := strings.Cut(strings.TrimSuffix(line, "\n"), ":\t")
+		switch key {
+		case "Name":
+			name = value
+		case "State":
+			killed = strings.HasPrefix(value, "Z") || strings.HasPrefix(value, "X")
+		case "SigPnd", "ShdPnd":
+			pending, _ := strconv.ParseUint(value, 16, 64)
+			killed = killed || pending>>(unix.SIGKILL-1)&1 != 0
+		}
+	}
+	return name, killed, nil
+}
+
+// freeKilled lets the daemon end that has locked dir, was killed, and hangs in its own
+// tree, which nobody serves any more: then its locks fall. Another daemon's tree answers,
+// and is left alone.
+func (s *service) freeKilled(ctx context.Context, dir string) {
+	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
+	if err != nil || s.set.mount == "" {
+		return // whoever locks it will say why
+	}
+	defer f.Close()
+	text, _, _ := (&dirLock{f}).read()
+	pid, err := strconv.Atoi(text)
+	if err != nil {
+		return
+	}
+	if name, killed, err := processState(pid); err != nil || !killed || !isDaemon(name) {
+		return
+	}
+	done, err := fusefs.AbortUnserved(ctx, s.set.mount)
+	if err != nil {
+		s.log.Warn("the tree of a daemon that was killed does not end", "dir", s.set.mount, "err", err)
+	} else if done {
+		s.log.Info("the tree of a daemon that was killed was cut off", "dir", s.set.mount, "pid", pid)
+	}
 }

@@ -182,6 +182,7 @@ func (s *service) unmake(path string) error {
 // instead of meeting an origin that is still locked.
 func (s *service) lock(ctx context.Context) error {
 	for _, dir := range slices.Compact([]string{s.set.run, s.set.state}) {
+		s.freeKilled(ctx, dir)
 		l, err := lockDir(ctx, dir, s.set.control, stopWait)
 		if err != nil {
 			return err

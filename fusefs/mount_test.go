@@ -558,6 +558,58 @@ func TestConnectionCut(t *testing.T) {
 	}
 }
 
+// TestAbortUnserved cuts off a tree that does not answer, and nothing else.
+func TestAbortUnserved(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root can mount what it wants")
+	}
+	need(t, "/dev/fuse")
+	_, alive := mountFake(t, newFakeSource())
+	cut, dead := mountFake(t, newFakeSource())
+	if err := abort(cut.dev); err != nil {
+		t.Fatal(err)
+	}
+	wait(t, "Done", cut.Done())
+	for _, tc := range []struct {
+		name, dir string
+		want      bool
+	}{
+		{"no mount", t.TempDir(), false},
+		{"a tree that is alive", alive, false},
+		{"a tree that is dead", dead, false},
+		{"what nobody serves", mountUnserved(t, "fuse.other"), false},
+		{"a tree that nobody serves", mountUnserved(t, fsType), true},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			if got, err := AbortUnserved(t.Context(), tc.dir); got != tc.want || err != nil {
+				t.Errorf("got %v, %v, want %v", got, err, tc.want)
+			}
+		})
+	}
+	if text, err := os.ReadFile(alive + "/version"); err != nil || len(text) == 0 {
+		t.Errorf("the tree that is alive: %q, %v", text, err)
+	}
+	if err := answers(t.Context(), dead); !errors.Is(err, unix.ENOTCONN) {
+		t.Errorf("the tree that is dead: %v", err)
+	}
+}
+
+// mountUnserved mounts a file system that answers nothing.
+func mountUnserved(t *testing.T, kind string) (dir string) {
+	t.Helper()
+	dir = t.TempDir()
+	fd, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Close(fd) })
+	if err := unix.Mount("blksnap", dir, kind, 0, fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0", fd)); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
+	return dir
+}
+
 // TestDeadMountOfOthers leaves a dead mount of another kind alone.
 func TestDeadMountOfOthers(t *testing.T) {
 	if os.Geteuid() != 0 {

@@ -117,13 +117,18 @@ func clearStale(ctx context.Context, path string) error {
 // answers returns nil if what is mounted on path is alive, ENOTCONN if it is
 // dead, and ETIMEDOUT if it does not say within answerTime.
 func answers(ctx context.Context, path string) error {
+	return inTime(ctx, func() error {
+		_, err := os.Stat(path)
+		return err
+	})
+}
+
+// inTime calls ask and returns what it says, or ETIMEDOUT after answerTime.
+func inTime(ctx context.Context, ask func() error) error {
 	ctx, cancel := context.WithTimeout(ctx, answerTime)
 	defer cancel()
 	answer := make(chan error, 1)
-	go func() {
-		_, err := os.Stat(path)
-		answer <- err
-	}()
+	go func() { answer <- ask() }()
 	select {
 	case err := <-answer:
 		return err

@@ -111,6 +111,29 @@ func (t *Tree) abort() error {
 	return nil
 }
 
+// AbortUnserved ends the connection of a tree on dir that does not answer, and says
+// whether it did. It is for who knows that the process that served it was killed: where
+// a thread of that waits for an answer of its own tree, which cannot be interrupted, it
+// keeps the connection alive, all that it has locked, and itself. A tree that answers,
+// one that is dead already, and what is not a tree are left as they are. It takes
+// answerTime at most.
+func AbortUnserved(ctx context.Context, dir string) (done bool, err error) {
+	path, err := resolve(dir)
+	if err != nil {
+		return false, err
+	}
+	m, ok, err := mountAt(path)
+	if err != nil || !ok || m.fsType != fsType {
+		return false, err
+	}
+	// Not Stat, which the kernel may answer from what it remembers.
+	err = inTime(ctx, func() error { return unix.Statfs(path, new(unix.Statfs_t)) })
+	if !errors.Is(err, unix.ETIMEDOUT) || ctx.Err() != nil {
+		return false, nil
+	}
+	return true, abort(m.dev)
+}
+
 // abort ends the connection that the mount with this device number has. It is
 // ended by a file in the fusectl file system; who is privileged needs not have
 // that mounted.

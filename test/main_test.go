@@ -25,12 +25,14 @@ var seed = flag.Int64("seed", time.Now().UnixNano(), "seed of the random tests")
 var blksnapPath string
 
 func TestMain(m *testing.M) {
-	if order := os.Getenv(tracing); order != "" {
-		if err := runTracer(order); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			os.Exit(1)
+	for name, run := range map[string]func(string) error{tracing: runTracer, hanging: runHanging} {
+		if order := os.Getenv(name); order != "" {
+			if err := run(order); err != nil {
+				fmt.Fprintln(os.Stderr, err)
+				os.Exit(1)
+			}
+			os.Exit(0)
 		}
-		os.Exit(0)
 	}
 	flag.Parse()
 	if err := enterNamespace(); err != nil {
