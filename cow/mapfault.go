@@ -143,7 +143,7 @@ func (d *Device) loseMemoryLocked(r any, all bool) {
 	if off < m.replaced {
 		return // somebody else was here before
 	}
-	why := fmt.Sprintf("%s cannot be read any more: it was cut short, or its memory fails", filepath.Base(m.file.Name()))
+	why := m.whyLost()
 	var lost []*Image
 	if all {
 		f := failed(why)
@@ -194,6 +194,27 @@ func (d *Device) tellFault(why string, lost []*Image) {
 	for _, i := range lost {
 		d.tellBroken(i, EventSnapshotFailed, errors.New(why))
 	}
+}
+
+// whyLost says it of memory that faults.
+func (m *memory) whyLost() string {
+	return filepath.Base(m.file.Name()) + " cannot be read any more: it was cut short, or its memory fails"
+}
+
+// opening calls f, which looks at what a predecessor left, and returns what it returns. Where
+// memory faults, its file is emptied, and the error says so: what was found until then is
+// to be given up. Nobody else has the device.
+func (d *Device) opening(f func() error) (err error) {
+	defer func(was bool) {
+		debug.SetPanicOnFault(was)
+		if r := recover(); r != nil {
+			if m, _ := mappedAt(r); m != nil {
+				err = errors.New(m.whyLost())
+			}
+			d.loseMemoryLocked(r, false)
+		}
+	}(debug.SetPanicOnFault(true))
+	return f()
 }
 
 // noteLostLocked notes the fault of an image where a start finds it, if that is still

@@ -449,6 +449,54 @@ func testFaultWhileClosing(t *testing.T, name string, sound bool) {
 	h.close()
 }
 
+// TestFaultInAStart cuts a layer short when a start has found it sound, and opens another: the
+// device is served, begins a new generation, and says why.
+func TestFaultInAStart(t *testing.T) {
+	h := newHome(t, 4*chunkSize)
+	h.open()
+	put(t, h.dev, 1, 0, 4*chunkSize)
+	h.take("a")
+	put(t, h.dev, 2, 0, blockSize)
+	h.take("b")
+	put(t, h.dev, 3, 0, blockSize)
+	h.close()
+	if err := os.Remove(h.layer("layer-0")); err != nil {
+		t.Fatal(err)
+	}
+	why := ""
+	h.notify = func(e Event) {
+		switch {
+		case e.Kind == EventSnapshotFailed && e.Snapshot == "a": // the first of its layers
+			if err := os.Truncate(h.layer("layer-1"), 0); err != nil {
+				t.Error(err)
+			}
+		case e.Kind == EventGeneration:
+			why = e.Text
+		}
+	}
+	for _, s := range h.open() {
+		if s.State() == "ok" {
+			t.Errorf("snapshot %s is ok", s.Name())
+		}
+	}
+	if !strings.Contains(why, "layer-1 cannot be read any more") {
+		t.Errorf("new generation because of %q, want layer-1", why)
+	}
+	want(t, h.dev, 3, 0, blockSize)
+	h.notify = nil
+	c := h.take("c")
+	put(t, h.dev, 4, 0, blockSize)
+	want(t, image(t, c, "vda"), 3, 0, blockSize)
+	if err := h.pool.Check(); err != nil {
+		t.Error(err)
+	}
+	h.close()
+	if s := h.open()["c"]; s == nil || s.State() != "ok" {
+		t.Error("the next start has not found the new snapshot")
+	}
+	h.close()
+}
+
 // TestMemoryIsGivenUpWhileItGrows gives a file up while it grows: it is empty afterwards,
 // and what it has grown by is there all the same, and cannot fault.
 func TestMemoryIsGivenUpWhileItGrows(t *testing.T) {

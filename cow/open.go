@@ -116,7 +116,7 @@ func (d *Device) find() (lost, err error) {
 	if why != nil {
 		lease = time.Time{} // not to be believed
 	} else {
-		why = d.recoverState(was.size)
+		why = d.opening(func() error { return d.recoverState(was.size) })
 	}
 	if why == nil { // a predecessor in this boot
 		now, err := d.file.identify(false)
