@@ -130,9 +130,11 @@ func (d *Device) find() (lost, err error) {
 				d.cfg.Log.Warn("the record of writes begins anew", "err", err)
 			}
 		}
-		err = d.beginLease(mem)
+		if err := d.beginLease(mem); err != nil {
+			return nil, err
+		}
 		d.findReason()
-		return lost, err
+		return lost, nil
 	}
 	why = d.tellWiped(why)
 	if err := d.wipe(); err != nil {
