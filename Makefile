@@ -57,7 +57,7 @@ test: ## run every test (root)
 	@go test -count=1 -v -run 'NoAllocation|FaultInAFold' ./intercept ./cow 2>&1 | $(SHOW_TESTS)
 	@$(MAKE) --no-print-directory fuzz
 	@echo "go test -race ./test/..., the whole program"
-	@go test -race -count=1 -v -timeout 20m ./test/... 2>&1 | $(SHOW_TESTS)
+	@go test -race -count=1 -v -timeout 30m ./test/... 2>&1 | $(SHOW_TESTS)
 	@echo "go test, 200 kills of the whole program"
 	@go test -count=1 -v -run KilledUnderLoad ./test 2>&1 | $(SHOW_TESTS)
 	@test/demo.sh ./blksnap > /dev/null
