@@ -254,8 +254,8 @@ func (d *Device) writeDown() {
 	err := d.checkpoint()
 	if d.durable.Load() == nil {
 		err = d.restartDurable()
-		d.findUnreadTear()
 	}
+	d.findUnreadTear()
 	if err != nil && !errors.Is(err, ErrStopping) {
 		d.cfg.Log.Warn("write the change map down", "err", err)
 	}

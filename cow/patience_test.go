@@ -116,3 +116,29 @@ func startHanging(l *powerLife, k int64, boot bool) (met bool) {
 	next.lose(1)
 	return calls.Load() >= k
 }
+
+// TestUnreadNoteIsReadLater has the state disk hang at the note of a rollback alone.
+func TestUnreadNoteIsReadLater(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newPowerLife(t)
+		l.dir = t.TempDir()
+		l.keep()
+		l.must(l.dev.Close())
+		heal := make(chan struct{})
+		l.disks.looking = func(what string) error {
+			if what == "open /state/devices/vda/rollback" {
+				<-heal
+			}
+			return nil
+		}
+		l.open()
+		if got, want := l.dev.State(), "failed: cannot tell whether a rollback has ended: "; !strings.HasPrefix(got, want) {
+			t.Errorf("state\n got %s\nwant %s", got, want)
+		}
+		close(heal)
+		time.Sleep(2 * checkpointEvery)
+		if got := l.dev.State(); got != "ok" {
+			t.Errorf("state when the disk answers again\n got %s\nwant ok", got)
+		}
+	})
+}
