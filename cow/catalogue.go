@@ -47,6 +47,9 @@ type Catalogue struct {
 	// the images when they are opened.
 	found map[uint64]*Snapshot
 
+	// damaged says that there are records of snapshots which cannot be read.
+	damaged error
+
 	// replacing is held while memory that faulted is replaced.
 	replacing sync.Mutex
 
@@ -95,14 +98,46 @@ func OpenCatalogue(dir, state string) (c *Catalogue, why, err error) {
 
 // openSoundCatalogue opens a catalogue, an empty one if need be.
 func openSoundCatalogue(dir, boot string) (c *Catalogue, why, err error) {
-	c, err = openCatalogue(dir, boot)
+	if err = wholeCatalogue(dir); err == nil {
+		c, err = openCatalogue(dir, boot)
+	}
 	if errors.Is(err, ErrDamaged) || errors.Is(err, ErrVersion) {
 		why = err
 		if err = discardState(dir); err == nil {
 			c, err = openCatalogue(dir, boot)
 		}
 	}
+	if err == nil && why == nil {
+		why = c.damaged
+	}
 	return c, why, err
+}
+
+// wholeCatalogue says whether the catalogue's file is there, or is of no use, and was not
+// cut short: to be mapped it is made longer, with zeroes, and snapshots that are gone
+// would be snapshots that nobody took.
+func wholeCatalogue(dir string) error {
+	if dir == "" {
+		return nil
+	}
+	st, err := os.Lstat(filepath.Join(dir, "catalogue"))
+	switch {
+	case err == nil && !st.Mode().IsRegular():
+		return fmt.Errorf("%w: catalogue: it is not a regular file", ErrDamaged)
+	case err == nil && st.Size()%memoryStep != 0:
+		return fmt.Errorf("%w: catalogue: it is cut short, to %d bytes", ErrDamaged, st.Size())
+	case err == nil && st.Size() == 0 && anyLayer(dir):
+		return fmt.Errorf("%w: catalogue: it was emptied", ErrDamaged)
+	case errors.Is(err, os.ErrNotExist) && anyLayer(dir):
+		return fmt.Errorf("%w: catalogue: it is not there", ErrDamaged)
+	}
+	return nil // what else is wrong is said by who opens it
+}
+
+// anyLayer says whether there is a device with a layer in the run directory dir.
+func anyLayer(dir string) bool {
+	layers, err := filepath.Glob(filepath.Join(dir, "devices", "*", "layer-*"))
+	return err == nil && len(layers) > 0
 }
 
 func openCatalogue(dir, boot string) (*Catalogue, error) {

@@ -182,3 +182,74 @@ func TestDamageInTheRunDirectory(t *testing.T) {
 		})
 	}
 }
+
+// TestDamagedCatalogue spoils the catalogue while nobody uses it: the next start serves
+// the device, with the generation that it had, and says what became of the snapshots.
+func TestDamagedCatalogue(t *testing.T) {
+	change := func(at int) func(string) error {
+		return func(path string) error {
+			b, err := os.ReadFile(path)
+			if err != nil {
+				return err
+			}
+			if at >= catalogueHeader { // in the record that is in use
+				for host.Uint64(b[at:][:8]) == stateFree && at%recordBytes == 0 {
+					at += recordBytes
+				}
+				for at%recordBytes != 0 && host.Uint64(b[at-at%recordBytes:]) == stateFree {
+					at += recordBytes
+				}
+			}
+			b[at] ^= 0x11
+			return os.WriteFile(path, b, 0o600)
+		}
+	}
+	cutTo := func(n int64) func(string) error {
+		return func(path string) error { return os.Truncate(path, n) }
+	}
+	asDir := func(path string) error {
+		return errors.Join(os.Remove(path), os.MkdirAll(filepath.Join(path, "x"), 0o700))
+	}
+	for _, tc := range []struct {
+		name  string
+		spoil func(path string) error
+		want  string
+	}{
+		{"magic", change(0), `damaged state: it does not begin with "blksnapC"`},
+		{"version", change(8), "state of another version of blksnap: version"},
+		{"boot", change(20), "damaged state: checksum of the header"},
+		{"cut short", cutTo(memoryStep / 2), "damaged state: catalogue: it is cut short, to 32768 bytes"},
+		{"emptied", cutTo(0), "damaged state: catalogue: it was emptied"},
+		{"gone", os.Remove, "damaged state: catalogue: it is not there"},
+		{"a directory", asDir, "damaged state: catalogue: it is not a regular file"},
+		{"state of a record", change(catalogueHeader), "damaged state: catalogue: state 19 of a record"},
+		{"name in a record", change(catalogueHeader + 44), "catalogue: damaged state: checksum of a record"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			h := newHome(t, siteSize)
+			h.open()
+			h.take("s")
+			put(t, h.dev, 1, 0, chunkSize)
+			h.close()
+			run := filepath.Join(h.dir, "run")
+			if err := tc.spoil(filepath.Join(run, "catalogue")); err != nil {
+				t.Fatal(err)
+			}
+			problems, err := Inspection{Run: run, Slots: func(uint8) (int64, error) { return 1 << 30, nil }}.Inspect()
+			if err != nil || len(problems) == 0 || filepath.Base(problems[0].File) != "catalogue" || problems[0].Advice == "" {
+				t.Errorf("state check: %+v, error %v; want the catalogue, and what to do", problems, err)
+			}
+			c, why, err := OpenCatalogue(run, "")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			if why == nil || !strings.HasPrefix(why.Error(), tc.want) {
+				t.Errorf("the start says\n got %v\nwant %s", why, tc.want)
+			}
+			if len(c.found) != 0 {
+				t.Errorf("%d snapshots are found, want none", len(c.found))
+			}
+		})
+	}
+}

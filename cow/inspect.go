@@ -196,6 +196,9 @@ func (w *inspector) catalogue() bool {
 	const advice = "start the daemon: it begins a new one; the snapshots are lost, and each device begins a new generation"
 	f := w.open(path, advice)
 	if f == nil {
+		if w.told[path] == 0 && anyLayer(w.Run) {
+			w.tell(path, advice, "it is not there, and layers are")
+		}
 		return true // devices without a catalogue are looked at all the same
 	}
 	defer f.Close()

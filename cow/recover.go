@@ -31,6 +31,12 @@ func (c *Catalogue) readRecords() {
 	for r := range c.records() {
 		state := r.state()
 		info, err := decodeRecord(r)
+		switch {
+		case state > stateDying:
+			c.damaged = fmt.Errorf("%w: catalogue: state %d of a record", ErrDamaged, state)
+		case state >= stateLive && err != nil:
+			c.damaged = fmt.Errorf("catalogue: %w", err)
+		}
 		if state != stateLive && state != stateDying || err != nil {
 			// Prepared and not live: there is no such snapshot. What cannot be
 			// read cannot be told from others; its layers become nameless.
