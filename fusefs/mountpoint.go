@@ -12,6 +12,8 @@ import (
 	"path/filepath"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // maxLinks is how many symbolic links the last part of a path may lead through.
@@ -118,8 +120,15 @@ func clearStale(ctx context.Context, path string) error {
 // dead, and ETIMEDOUT if it does not say within answerTime.
 func answers(ctx context.Context, path string) error {
 	return inTime(ctx, func() error {
-		_, err := os.Stat(path)
-		return err
+		if _, err := os.Stat(path); err != nil {
+			return err
+		}
+		// The kernel may have answered that itself, from what it remembers of a
+		// process that is gone. This it always passes on.
+		if err := unix.Statfs(path, new(unix.Statfs_t)); errors.Is(err, syscall.ENOTCONN) {
+			return err
+		}
+		return nil // also of a mount that has no answer to it
 	})
 }
 
