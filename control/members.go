@@ -2,13 +2,24 @@
 // that starts after this one was killed, stopped or upgraded. It is in the run
 // directory and goes with the machine's next start; what is set up for good is on
 // the command line or in the configuration file.
+//
+// It is JSON, so that people can read it; nobody is to change it.
+//
+//	version  1
+//	sum      CRC-32C of the whole file in hexadecimal, with zeroes for itself
+//	boot     boot id
+//	devices  name, origin, tracking block and store wait as device add takes them, and
+//	         whether it was added at run time
+//	parts    number, spec, UUID, and whether it was added at run time
 
 package control
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"io"
 	"io/fs"
 	"os"
@@ -24,6 +35,8 @@ import (
 
 // members is the content of the set file.
 type members struct {
+	Version int            `json:"version"`
+	Sum     string         `json:"sum"`
 	Boot    string         `json:"boot"`
 	Devices []memberDevice `json:"devices"`
 	Parts   []memberPart   `json:"parts"` // also those that are gone
@@ -50,6 +63,33 @@ type memberPart struct {
 // maxMembers bounds what is read of the set file.
 const maxMembers = 16 << 20
 
+const (
+	membersVersion = 1
+	noSum          = "00000000"
+)
+
+// sumField is where the checksum is in the file, with the value sum.
+func sumField(sum string) []byte { return fmt.Appendf(nil, `"sum": "%s"`, sum) }
+
+// sumOf is the checksum of b, which has zeroes for it.
+func sumOf(b []byte) string {
+	return fmt.Sprintf("%08x", crc32.Checksum(b, crc32.MakeTable(crc32.Castagnoli)))
+}
+
+// seal puts the checksum in.
+func seal(b []byte) []byte { return bytes.Replace(b, sumField(noSum), sumField(sumOf(b)), 1) }
+
+// checkSeal says whether b, which m was read from, is as it was written.
+func (m members) checkSeal(b []byte) error {
+	if m.Version != membersVersion {
+		return fmt.Errorf("version %d, this is %d: another version of blksnap wrote it", m.Version, membersVersion)
+	}
+	if sumOf(bytes.Replace(b, sumField(m.Sum), sumField(noSum), 1)) != m.Sum {
+		return errors.New("it is damaged: checksum")
+	}
+	return nil
+}
+
 func membersPath(run string) string { return filepath.Join(run, "set.json") }
 
 // readMembers returns what a predecessor in this boot left in the run directory.
@@ -69,6 +109,9 @@ func readMembers(run, boot string) (members, error) {
 	if err := json.Unmarshal(b, &m); err != nil {
 		return members{}, fmt.Errorf("read %s: %w", path, err)
 	}
+	if err := m.checkSeal(b); err != nil {
+		return members{}, fmt.Errorf("read %s: %w", path, err)
+	}
 	if m.Boot != boot {
 		return members{}, fmt.Errorf("read %s: it is of another boot: %w", path, fs.ErrNotExist)
 	}
@@ -84,15 +127,21 @@ func readMembers(run, boot string) (members, error) {
 
 // write puts m in the place of what is there, at once.
 func (m members) write(run string) error {
+	m.Version, m.Sum = membersVersion, noSum
 	b, err := json.MarshalIndent(m, "", "  ")
 	if err != nil {
 		return err
 	}
 	path := membersPath(run)
+	if st, err := os.Lstat(path); err == nil && st.IsDir() { // over which nothing can be renamed
+		if err := os.RemoveAll(path); err != nil {
+			return err
+		}
+	}
 	if err := os.RemoveAll(path + ".new"); err != nil { // whatever it is
 		return err
 	}
-	if err := os.WriteFile(path+".new", append(b, '\n'), 0o600); err != nil {
+	if err := os.WriteFile(path+".new", seal(append(b, '\n')), 0o600); err != nil {
 		return err
 	}
 	return os.Rename(path+".new", path)

@@ -1,6 +1,7 @@
 package control
 
 import (
+	"bytes"
 	"errors"
 	"io/fs"
 	"os"
@@ -78,17 +79,51 @@ func TestPartsKeepTheirNumbers(t *testing.T) {
 // TestReadMembers reads set files that are not to be trusted.
 func TestReadMembers(t *testing.T) {
 	for _, tc := range []struct{ name, text, want string }{
-		{"cut short", `{"boot": "this", "par`, "unexpected end of JSON input"},
-		{"another boot", `{"boot": "that"}`, "it is of another boot: file does not exist"},
-		{"number twice", `{"boot": "this", "parts": [{"no": 1}, {"no": 1}]}`, "a part has the number 1"},
-		{"number zero", `{"boot": "this", "parts": [{"no": 0}]}`, "a part has the number 0"},
+		{"cut short", `{"version": 1, "boot": "this", "par`, "unexpected end of JSON input"},
+		{"another boot", `{"version": 1, "sum": "00000000", "boot": "that"}`, "it is of another boot: file does not exist"},
+		{"number twice", `{"version": 1, "sum": "00000000", "boot": "this", "parts": [{"no": 1}, {"no": 1}]}`, "a part has the number 1"},
+		{"number zero", `{"version": 1, "sum": "00000000", "boot": "this", "parts": [{"no": 0}]}`, "a part has the number 0"},
+		{"older", `{"boot": "this", "parts": []}`, "version 0, this is 1: another version of blksnap wrote it"},
+		{"newer", `{"version": 2, "sum": "00000000", "boot": "this"}`, "version 2, this is 1: another version of blksnap wrote it"},
+		{"no checksum", `{"version": 1, "boot": "this"}`, "it is damaged: checksum"},
 	} {
 		dir := t.TempDir()
-		if err := os.WriteFile(membersPath(dir), []byte(tc.text), 0o600); err != nil {
+		if err := os.WriteFile(membersPath(dir), seal([]byte(tc.text)), 0o600); err != nil {
 			t.Fatal(err)
 		}
 		_, err := readMembers(dir, "this")
 		wantError(t, tc.name, err, "read "+membersPath(dir)+": "+tc.want)
+	}
+}
+
+// TestDamagedMembers changes the set file byte by byte: whatever it is, it must not be
+// taken for another origin, or another part.
+func TestDamagedMembers(t *testing.T) {
+	dir := t.TempDir()
+	m := members{Boot: "this", Devices: []memberDevice{{DeviceRequest{Name: "a", Origin: "/srv/\xff.img"}, true}}, Parts: []memberPart{{No: 1, Spec: "mem"}}}
+	if err := os.Mkdir(membersPath(dir), 0o700); err != nil { // whatever it is
+		t.Fatal(err)
+	}
+	if err := m.write(dir); err != nil {
+		t.Fatal(err)
+	}
+	got, err := readMembers(dir, "this")
+	if err != nil || len(got.Devices) != 1 || len(got.Parts) != 1 {
+		t.Fatalf("what was written is read as %+v, error %v", got, err)
+	}
+	b, err := os.ReadFile(membersPath(dir))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for at := range b {
+		spoiled := bytes.Clone(b)
+		spoiled[at] ^= 1
+		if err := os.WriteFile(membersPath(dir), spoiled, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := readMembers(dir, "this"); err == nil || errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("byte %d changed\n got %+v, error %v\nwant it damaged", at, got, err)
+		}
 	}
 }
 
