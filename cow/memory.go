@@ -92,12 +92,20 @@ func (m *memory) Bytes() []byte { return m.reserved }
 // Len is how many bytes may be touched.
 func (m *memory) Len() int64 { return m.n.Load() }
 
+// what it is, for who is told that it cannot grow.
+func (m *memory) what() string {
+	if m.file == nil {
+		return "tables"
+	}
+	return m.file.Name()
+}
+
 // Grow allocates at least n more bytes. One caller at a time.
 func (m *memory) Grow(n int64) error {
 	from := m.n.Load()
 	to := from + roundUp(n, memoryStep)
 	if to > int64(len(m.reserved)) {
-		return fmt.Errorf("grow tables to %d bytes: %w", to, unix.ENOSPC)
+		return fmt.Errorf("grow %s to %d bytes: %w", m.what(), to, unix.ENOSPC)
 	}
 	lost := m.lost.Load()
 	err := m.back(from, to)
@@ -114,7 +122,7 @@ func (m *memory) Grow(n int64) error {
 	}
 	if err != nil {
 		m.n.Store(from)
-		return fmt.Errorf("grow tables to %d bytes: %w", to, err)
+		return fmt.Errorf("grow %s to %d bytes: %w", m.what(), to, err)
 	}
 	m.n.Store(to)
 	return nil

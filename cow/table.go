@@ -91,6 +91,9 @@ func openTable(path string, end chunkNo) (*table, error) {
 	if t.used == 0 {
 		if err := t.mem.Grow(memoryStep); err != nil {
 			t.mem.Close()
+			if path != "" {
+				os.Remove(path) // else it looks like one that was emptied
+			}
 			return nil, err
 		}
 		t.used = tableNodes

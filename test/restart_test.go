@@ -268,6 +268,64 @@ func TestStateThatIsNoFile(t *testing.T) {
 	}
 }
 
+// A run directory that is full: no snapshot can be taken, and that says where there is no
+// room; everything else goes on, also over a kill, and is sound.
+func TestFullRunDirectory(t *testing.T) {
+	needRoot(t)
+	runDir := tmpfs(t, "size=1500k,mode=700")
+	d := newDaemon(t, nil)
+	d.runDir = runDir
+	d.env = append(d.env, "BLKSNAP_CONTROL="+filepath.Join(runDir, "control.sock"))
+	const size = 4 * miB
+	origin := makeOrigin(t, d.dir, "vda", size)
+	d.start(origin)
+	mkdir(t, d.snapshot("s1"))
+	number := read(t, d.snapshot("s1", "vda.cbt", "number"))
+	fill, err := os.Create(filepath.Join(runDir, "fill"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer fill.Close()
+	for n := 4 * kiB; err == nil; {
+		_, err = fill.Write(make([]byte, n))
+	}
+	if !errors.Is(err, syscall.ENOSPC) {
+		t.Fatal(err)
+	}
+
+	if err := os.Mkdir(d.snapshot("s2"), 0o700); !errors.Is(err, syscall.ENOSPC) {
+		t.Errorf("mkdir of a snapshot: got %v, want ENOSPC", err)
+	}
+	r := d.try("snapshot", "create", "s3")
+	if want := "grow " + filepath.Join(runDir, "devices", "vda", "layer-1"); r.status != 1 || !strings.Contains(r.stderr, want) {
+		t.Errorf("snapshot create\n got status %d, %s\nwant 1, %s", r.status, r.stderr, want)
+	}
+	p := make([]byte, size)
+	Stamp(p, "vda", 0, 2)
+	if err := d.open("vda").writeAt(p, 0); err != nil {
+		t.Error(err)
+	}
+	for _, when := range []string{"served", "killed and started again"} {
+		if r := d.try("state", "check"); r.status != 0 {
+			t.Errorf("%s: %s%s", when, r.stdout, r.stderr)
+		}
+		image, err := os.ReadFile(d.snapshot("s1", "vda.img"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(Verify(image[:size/2], "vda", 0, 1, 1), Verify(image[size/2:], "vda", size/2, 0, 0)); err != nil {
+			t.Errorf("%s: %v", when, err)
+		}
+		if got, want := read(t, d.device("vda", "cbt", "since", number)), fmt.Sprintf("0 %d data", size); got != want {
+			t.Errorf("%s: changed since the snapshot\n got %q\nwant %q", when, got, want)
+		}
+		if when == "served" {
+			d.kill()
+			d.start(origin)
+		}
+	}
+}
+
 // A start with the wrong stores, or without a device, that fails: the next one, with
 // the right ones, finds every snapshot as it was.
 func TestStartThatFailsCostsNothing(t *testing.T) {
