@@ -179,7 +179,7 @@ func inspectMembers(run string) (inspectedParts, []StateProblem) {
 	}
 	if err != nil {
 		return parts, []StateProblem{{membersPath(run), unread(err),
-			"start the daemon: the snapshots and what was added while it ran are lost"}}
+			"start the daemon anew: the snapshots and what was added while it ran are lost"}}
 	}
 	var found []StateProblem
 	for _, p := range m.Parts {
@@ -214,7 +214,7 @@ func inspectPart(p memberPart) (inspectedPart, *StateProblem) {
 		return inspectedPart{err: fmt.Errorf("%s is not there", spec.Path)}, nil // which may need nobody
 	case err != nil:
 		return inspectedPart{err: err}, &StateProblem{spec.Path, err.Error(),
-			"start the daemon without it, or with --force to make it anew; the snapshots that need it are lost"}
+			"start the daemon anew without it, or with --force to make it anew; the snapshots that need it are lost"}
 	case id != p.ID:
 		return inspectedPart{err: fmt.Errorf("%s is another snapstore by now", spec.Path)}, nil
 	}

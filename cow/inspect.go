@@ -49,9 +49,9 @@ const maxProblems = 20
 
 // Advice that several problems have.
 const (
-	adviceSnapshots  = "start the daemon: it gives up the snapshots that need it; destroy them"
-	adviceGeneration = "start the daemon: it begins a new generation; make a full copy then"
-	adviceRestart    = "start the daemon: it makes the file anew"
+	adviceSnapshots  = "start the daemon anew: it gives up the snapshots that need it; destroy them"
+	adviceDevice     = "start the daemon anew: it gives up the device's snapshots; destroy them, and make a full copy if cbt show has a new generation"
+	adviceGeneration = "start the daemon anew: where it begins a new generation, make a full copy"
 )
 
 // Inspect verifies all of the engine's state and returns what is wrong with it.
@@ -193,7 +193,7 @@ func (w *inspector) catalogue() bool {
 		return false
 	}
 	path := filepath.Join(w.Run, "catalogue")
-	const advice = "start the daemon: it begins a new one; the snapshots are lost, and each device begins a new generation"
+	const advice = "start the daemon anew: it begins a new one; the snapshots are lost, and devices that were written to begin a new generation"
 	f := w.open(path, advice)
 	if f == nil {
 		if w.told[path] == 0 && anyLayer(w.Run) {

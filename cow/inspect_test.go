@@ -196,6 +196,16 @@ func TestInspectTells(t *testing.T) {
 				t.Fatal(err)
 			}
 		}},
+		{"a lease that is gone", "run/devices/b/lease", "it is not there, and layers are", func(t *testing.T, path string) {
+			if err := os.Remove(path); err != nil {
+				t.Fatal(err)
+			}
+		}},
+		{"a map that is gone", "run/devices/b/changes", "it is not there, and layers are", func(t *testing.T, path string) {
+			if err := os.Remove(path); err != nil {
+				t.Fatal(err)
+			}
+		}},
 		{"a layer of another device", "run/devices/b/layer-0", "it was replaced by another file", func(t *testing.T, path string) {
 			b, err := os.ReadFile(strings.Replace(path, "/b/", "/a/", 1))
 			if err == nil {

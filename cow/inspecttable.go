@@ -6,6 +6,7 @@ package cow
 import (
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 
 	"blksnap/cbt"
@@ -21,10 +22,18 @@ func (w *inspector) runDevice(name, dir string) {
 		}
 	}
 	w.runLease(filepath.Join(dir, "lease"))
+	if layers, err := numbersIn(dir, layerName); err == nil && len(layers) > 0 {
+		for _, name := range []string{"lease", "changes"} {
+			path := filepath.Join(dir, name)
+			if _, err := os.Stat(path); errors.Is(err, os.ErrNotExist) {
+				w.tell(path, adviceDevice, "it is not there, and layers are")
+			}
+		}
+	}
 	path := filepath.Join(dir, "changes")
 	changes, err := inspectChanges(path)
 	if err != nil {
-		w.tell(path, adviceGeneration, "%v", err)
+		w.tell(path, adviceDevice, "%v", err)
 	}
 	w.register(dir)
 	for _, kind := range []struct{ name, magic string }{{layerName, layerMagic}, {overlayName, overlayMagic}} {
@@ -128,7 +137,7 @@ func (w *inspector) overlay(path string) {
 
 // runLease verifies the lease file.
 func (w *inspector) runLease(path string) {
-	f := w.open(path, adviceGeneration)
+	f := w.open(path, adviceDevice)
 	if f == nil {
 		return
 	}
@@ -138,7 +147,7 @@ func (w *inspector) runLease(path string) {
 		_, err = decodeCheckpoint(b[:checkpointHeader])
 	}
 	if err != nil {
-		w.tell(path, adviceGeneration, "who the origin was: %v", err)
+		w.tell(path, adviceDevice, "who the origin was: %v", err)
 		return
 	}
 	w.lease(path, int64(host.Uint64(b[leaseAt:])), runLease)
