@@ -54,7 +54,7 @@ test: ## run every test (root)
 	@echo "go test -race, package by package"
 	@go test -race -count=1 -v $$(go list ./... | grep -v '^blksnap/test') 2>&1 | $(SHOW_TESTS)
 	@echo "go test, what the race detector hides"
-	@go test -count=1 -v -run 'NoAllocation|FaultInAFold' ./intercept ./cow 2>&1 | $(SHOW_TESTS)
+	@go test -count=1 -v -run 'NoAllocation|FaultInAFold|MemoryFaults' ./intercept ./cow 2>&1 | $(SHOW_TESTS)
 	@$(MAKE) --no-print-directory fuzz
 	@echo "go test -race ./test/..., the whole program"
 	@go test -race -count=1 -v -timeout 30m ./test/... 2>&1 | $(SHOW_TESTS)

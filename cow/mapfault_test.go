@@ -63,9 +63,7 @@ func testMemoryFault(t *testing.T, name string) {
 	t.Cleanup(func() { u.end() })
 	u.start()
 	u.rounds(2)
-	if err := os.Truncate(path, 0); err != nil {
-		t.Fatal(err)
-	}
+	u.truncate(path)
 	u.rounds(2)
 	if err := gone.Destroy(true); err != nil { // a fold, and memory of all kinds
 		t.Error(err)
@@ -149,6 +147,31 @@ type users struct {
 	ended   sync.Once
 	running sync.WaitGroup
 	done    [5]atomic.Int64 // rounds of each
+
+	// working is held shared in a round where the race detector watches.
+	working sync.RWMutex
+}
+
+// truncate empties a file under all of them. The race detector dies of a fault that comes
+// after its own look at the address: where it watches, the file is emptied between rounds.
+func (u *users) truncate(path string) {
+	u.t.Helper()
+	if racing {
+		u.working.Lock()
+		defer u.working.Unlock()
+	}
+	if err := os.Truncate(path, 0); err != nil {
+		u.t.Fatal(err)
+	}
+}
+
+// round is one round of f.
+func (u *users) round(f func(n int), n int) {
+	if racing {
+		u.working.RLock()
+		defer u.working.RUnlock()
+	}
+	f(n)
 }
 
 func (u *users) start() {
@@ -170,7 +193,7 @@ func (u *users) start() {
 					return
 				default:
 				}
-				f(n)
+				u.round(f, n)
 				u.done[k].Add(1)
 			}
 		})
