@@ -36,15 +36,18 @@ func TestStampAfterAnEnd(t *testing.T) {
 		stamp  int64
 		killed bool
 		why    string
+		back   time.Duration // the clock was set back since the snapshot
 	}{
-		{"no write", left, false, ""},
-		{"later", left + 1, false, "written or changed behind our back"},
-		{"earlier, by a clock that was set back", left - 1, false, "restored to an earlier state"},
-		{"from before our start", begun - 1, false, "restored to an earlier state"},
-		{"killed, within the lease", left, true, ""},
-		{"killed, from after the last snapshot", taken, true, ""}, // what came then is marked
-		{"killed, from before the last snapshot", taken - 1, true, "restored to an earlier state"},
-		{"killed, from before our start", begun - 1, true, "restored to an earlier state"},
+		{"no write", left, false, "", 0},
+		{"later", left + 1, false, "written or changed behind our back", 0},
+		{"earlier, by a clock that was set back", left - 1, false, "restored to an earlier state", 0},
+		{"from before our start", begun - 1, false, "restored to an earlier state", 0},
+		{"killed, within the lease", left, true, "", 0},
+		{"killed, from after the last snapshot", taken, true, "", 0}, // what came then is marked
+		{"killed, from before the last snapshot", taken - 1, true, "restored to an earlier state", 0},
+		{"killed, from before our start", begun - 1, true, "restored to an earlier state", 0},
+		{"killed, from before the last snapshot by a clock that was set back", taken - 1, true, "", time.Second},
+		{"killed, from before our start, the same", begun - 1, true, "", time.Hour},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			h := newHome(t, siteSize)
@@ -63,6 +66,10 @@ func TestStampAfterAnEnd(t *testing.T) {
 			}
 			h.close()
 			changed, h = tc.stamp, next
+			if tc.back > 0 {
+				booted := uint64(bootTime() + int64(tc.back))
+				edit(t, h.layer("lease"), func(b []byte) { host.PutUint64(b[clockAt:], booted) })
+			}
 			snaps := h.open()
 			defer h.close()
 			kept, state := h.dev.Changes().Generation() == was, image(t, snaps["s"], "vda").State()

@@ -28,6 +28,9 @@ type home struct {
 	step   func(string) // see Catalogue.step
 	disk   stateDisk    // nil: the host's
 
+	// limit is Config.PreserveLimit.
+	limit time.Duration
+
 	// wrap, if set, is put around the origin.
 	wrap func(originFile) originFile
 
@@ -73,7 +76,7 @@ func (h *home) open() map[string]*Snapshot {
 	if h.wrap != nil {
 		o.file = h.wrap(o.file)
 	}
-	if h.dev, err = h.cat.Open(o, h.pool, Config{Name: "vda", Notify: h.notify, Log: h.log}); err != nil {
+	if h.dev, err = h.cat.Open(o, h.pool, Config{Name: "vda", Notify: h.notify, Log: h.log, PreserveLimit: h.limit}); err != nil {
 		h.t.Fatal(err)
 	}
 	snaps := make(map[string]*Snapshot)

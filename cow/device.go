@@ -124,6 +124,7 @@ type Device struct {
 	counts   bool
 	counted  atomic.Bool
 	left     bool
+	ended    bool // the lease file has a clean end; protected by leasing
 	tallying single
 
 	// leaseTimer, while the lease runs, calls tendLease, which was called last, or begun
@@ -188,7 +189,7 @@ func (d *Device) path(name string) string {
 
 // Close stops the device: new requests to it and its images are answered with
 // ErrStopping. It waits for the requests in flight and gives the origin's locks
-// back. What was not flushed is left to the host's page cache, and all state where
+// back. What was not flushed to a file is left to the host's page cache, and all state where
 // it is, for the next Open.
 func (d *Device) Close() error {
 	d.mu.Lock()

@@ -164,16 +164,25 @@ func (d *Device) closeDurable() error {
 	err := d.leave()
 	id, ierr := d.file.identify(false)
 	if ierr == nil {
-		d.always(func() { // whatever comes later is not ours
-			d.lease.Store(id.changed)
-			wordAt(d.leaseMemory.Bytes(), leftAt).Store(1)
-		})
+		d.endsWith(id.changed)
 		ierr = d.replaceLease() // else the next start takes the device for a new one
 	}
 	if n := d.countWritten(); n != 0 {
 		d.always(func() { wordAt(d.leaseMemory.Bytes(), writtenAt).Store(n) })
 	}
 	return errors.Join(err, ierr)
+}
+
+// endsWith notes a clean end after which the origin's change time is changed: whatever comes
+// later is not ours.
+func (d *Device) endsWith(changed int64) {
+	d.leasing.Lock()
+	defer d.leasing.Unlock()
+	d.ended = true
+	d.always(func() {
+		d.lease.Store(changed)
+		wordAt(d.leaseMemory.Bytes(), leftAt).Store(1)
+	})
 }
 
 // leave is closeDurable but for the lease in the run directory.

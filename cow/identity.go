@@ -82,7 +82,7 @@ func (id identity) foreign(now identity, lease time.Time, sameBoot, clean bool) 
 		return errors.New("the origin is another disk, or was attached anew")
 	case !id.isFile() && !sameBoot && !clean:
 		return errors.New("a block device after a reboot without a clean end: nobody knows who wrote to it")
-	case !id.isFile() && !sameBoot && id.print != now.print:
+	case !id.isFile() && clean && id.print != now.print:
 		return errors.New("the origin was written behind our back")
 	}
 	return nil
@@ -106,6 +106,8 @@ func (id identity) foreign(now identity, lease time.Time, sameBoot, clean bool) 
 //	              was since the start; changes
 //	   632     8  length of why the generation began, 0 where that is not known; changes
 //	   640   512  that reason
+//	  1152     8  when the machine was started, by the clock as it was set when the origin's
+//	              change time was noted, 0 where that is not known; changes
 const (
 	leaseAt      = checkpointHeader
 	resizedAt    = leaseAt + 8
@@ -118,6 +120,10 @@ const (
 	reasonAt     = stampAt + 8
 	reasonTextAt = reasonAt + 8
 	maxReason    = 512
+	clockAt      = reasonTextAt + maxReason
+
+	// clockSlack is by how much two looks at the clock may differ.
+	clockSlack = 50 * time.Millisecond
 )
 
 // openLease maps the device's lease file, and returns the identity and the lease
@@ -156,6 +162,9 @@ func (d *Device) openLease() (mem *memory, was identity, lease time.Time, err er
 	lease = time.Unix(0, int64(wordAt(mem.Bytes(), leaseAt).Load()))
 	if stamp := wordAt(mem.Bytes(), stampAt).Load(); stamp != 0 {
 		was.changed = int64(stamp)
+	}
+	if booted := int64(wordAt(mem.Bytes(), clockAt).Load()); booted != 0 && bootTime() < booted-int64(clockSlack) {
+		was.changed = 0 // the clock was set back: our own stamps may look older
 	}
 	if was.isFile() && wordAt(mem.Bytes(), leftAt).Load() != 0 {
 		was.changed = lease.UnixNano() // whatever the clock did since
@@ -196,7 +205,10 @@ func (d *Device) noteStamp() {
 	err := within(takeLimit, func() error {
 		id, err := d.file.identify(false)
 		if err == nil && id.isFile() {
-			d.always(func() { wordAt(d.leaseMemory.Bytes(), stampAt).Store(uint64(id.changed)) })
+			d.always(func() {
+				wordAt(d.leaseMemory.Bytes(), clockAt).Store(uint64(bootTime()))
+				wordAt(d.leaseMemory.Bytes(), stampAt).Store(uint64(id.changed))
+			})
 		}
 		return err
 	})
@@ -220,6 +232,7 @@ func (d *Device) beginLease(mem *memory) error {
 	wordAt(mem.Bytes(), leftAt).Store(0)
 	wordAt(mem.Bytes(), writtenAt).Store(0)
 	wordAt(mem.Bytes(), stampAt).Store(0)
+	wordAt(mem.Bytes(), clockAt).Store(uint64(bootTime()))
 	d.lease = (*atomic.Int64)(unsafe.Pointer(&mem.Bytes()[leaseAt]))
 	d.lease.Store(max(d.lease.Load(), info.origin.changed))
 	mem.closeWhenUnused()

@@ -46,6 +46,9 @@ func (d *Device) renewLease(now int64) {
 func (d *Device) prolongLease(now int64) {
 	d.leasing.Lock()
 	defer d.leasing.Unlock()
+	if d.ended {
+		return // whoever stamps now was given up
+	}
 	until := now + int64(runLease)
 	d.always(func() {
 		wordAt(d.leaseMemory.Bytes(), writtenAt).Store(0)
@@ -72,6 +75,8 @@ func (d *Device) tendLease() {
 		}
 	case until > now:
 		d.leaseTimer.Reset(leaseTick)
+	case until == 0:
+		// All is counted, and nobody came to write since.
 	case now-last > int64(runLease/2):
 		// The machine slept, or we did. Who was inside has stamped the origin since,
 		// and left before this look.
@@ -81,6 +86,7 @@ func (d *Device) tendLease() {
 			d.leaseTimer.Reset(leaseTick)
 		} else {
 			d.tallying.Do(d.tally)
+			d.leaseTimer.Reset(leaseTick) // where it was in vain, or dropped
 		}
 	}
 }

@@ -79,7 +79,7 @@ func (c *Catalogue) open(o *Origin, pool *store.Pool, cfg Config) (*Device, erro
 		return nil, err
 	}
 	if _, d.counts = d.file.written(); d.counts {
-		d.tally()
+		d.tallying.Do(d.tally) // a disk that was spun down takes seconds
 	}
 	d.endFound()
 	if lost != nil {
@@ -136,6 +136,10 @@ func (d *Device) find() (lost, err error) {
 		d.findReason()
 		return lost, nil
 	}
+	var behind error // whatever else is wrong
+	if mem != nil && !lease.IsZero() {
+		behind = cmp.Or(servedAs(mem), d.writtenSince(mem))
+	}
 	why = d.tellWiped(why)
 	if err := d.wipe(); err != nil {
 		return nil, err
@@ -146,7 +150,7 @@ func (d *Device) find() (lost, err error) {
 		}
 	}
 	if d.stateDir != "" {
-		if err := d.recoverDurable(lease); err == nil {
+		if err := d.recoverDurable(lease, behind); err == nil {
 			lost = nil
 		} else if !errors.Is(err, errBlank) {
 			why = err

@@ -15,6 +15,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -53,7 +54,7 @@ func stampTells(lease int64, clean bool, now time.Time) bool {
 // tellOthers notes with each other device that was this disk that it is served under
 // another name now.
 func (d *Device) tellOthers() error {
-	now, err := d.file.identify(false)
+	now, err := d.file.identify(d.cat.state != "") // which reads of the disk, not of the state's
 	if err != nil {
 		return err
 	}
@@ -61,7 +62,7 @@ func (d *Device) tellOthers() error {
 	for name := range othersIn(d.cat.dir, d.name) {
 		errs = append(errs, d.tellRun(filepath.Join(d.cat.deviceDir(name), "lease"), now))
 	}
-	err = d.cat.patience.call(d.cfg.PreserveLimit/2, func() error { return d.tellStates(now) }, nil)
+	err = d.tellStates(now)
 	if errors.Is(err, errNoAnswer) {
 		// It goes on. That another device may believe its old map if we are killed before, and
 		// it gets this disk again, is no reason to let nobody write to it.
@@ -71,11 +72,20 @@ func (d *Device) tellOthers() error {
 	return errors.Join(append(errs, err)...)
 }
 
-// tellStates is tellState for all others.
+// tellStates is tellState for all others; errNoAnswer where the state disk hangs.
 func (d *Device) tellStates(now identity) error {
+	patience, limit := &d.cat.patience, d.cfg.PreserveLimit/2
+	var names []string
+	err := patience.call(limit, func() error {
+		names = slices.Collect(othersIn(d.cat.state, d.name))
+		return nil
+	}, nil)
+	if err != nil {
+		return err // names may change yet
+	}
 	var errs []error
-	for name := range othersIn(d.cat.state, d.name) {
-		errs = append(errs, d.tellState(name, now))
+	for _, name := range names {
+		errs = append(errs, patience.call(limit, func() error { return d.tellState(name, now) }, nil))
 	}
 	return errors.Join(errs...)
 }
@@ -134,14 +144,7 @@ func (d *Device) tellState(name string, now identity) error {
 	if err := c.file.Close(); err != nil && !errors.Is(err, io.EOF) {
 		return err
 	}
-	sameBoot := c.boot == d.cat.boot
-	if !sameBoot && !now.isFile() && !c.origin.isFile() && c.origin.size == now.size {
-		// Only now: it reads of the disk.
-		if now, err = d.file.identify(true); err != nil {
-			return err
-		}
-	}
-	if !c.origin.sameDisk(now, sameBoot) {
+	if !c.origin.sameDisk(now, c.boot == d.cat.boot) {
 		return nil
 	}
 	if now.isFile() {

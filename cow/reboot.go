@@ -59,8 +59,9 @@ var errEnded = errors.New("writes could not be recorded any more")
 // recoverDurable finds the map that was written down, after a reboot: it loads it into
 // the device, with all recorded regions marked, and goes on with the record. An error
 // says why it cannot be trusted, or (errBlank) that there is none. lease is the one from
-// the run directory, zero where that has none.
-func (d *Device) recoverDurable(lease time.Time) error {
+// the run directory, zero where that has none, and behind what that says of others who
+// wrote.
+func (d *Device) recoverDurable(lease time.Time, behind error) error {
 	r, rerr := openRegions(d.promptDisk(), d.regionsPath())
 	if rerr == nil {
 		// Whatever comes of the rest, numbers go on, and leave one out.
@@ -77,7 +78,10 @@ func (d *Device) recoverDurable(lease time.Time) error {
 		}
 		return whyNot(err, rerr)
 	}
-	if err := d.recoverMap(c, r, lease); err != nil {
+	if behind == nil {
+		behind = d.recoverMap(c, r, lease)
+	}
+	if err := behind; err != nil {
 		r.file.Close()
 		return err
 	}
@@ -118,6 +122,9 @@ func (d *Device) recoverMap(c *checkpointFile, r *regions, run time.Time) error 
 		return err
 	}
 	lease, sameBoot := r.state.lease, c.boot == d.cat.boot
+	if sameBoot && !clean && run.IsZero() && !now.isFile() {
+		return errors.New("what the run directory knew of the origin is lost: nobody knows who wrote to it last")
+	}
 	switch {
 	case sameBoot && !clean && run.IsZero():
 		lease = 0 // it would run on for much longer than we did

@@ -83,10 +83,10 @@ func (i *Image) ownLayers() (own []*layer, older *shield) {
 	d := i.device
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if i.layer.image != i {
+	first := slices.Index(d.layers, i.layer)
+	if i.layer.image != i || first < 0 {
 		return nil, nil
 	}
-	first := slices.Index(d.layers, i.layer)
 	end := first + 1
 	for end < len(d.layers) && d.layers[end].image == nil {
 		end++

@@ -97,12 +97,19 @@ func (d *Device) writtenSince(mem *memory) error {
 	if noted == 0 {
 		return nil
 	}
-	switch now := d.countWritten(); {
-	case now == 0:
-		return errors.New("nobody counts any more what is written to the origin")
-	case now < noted:
-		return errors.New("the origin was attached anew")
-	case now > noted:
+	now := d.countWritten()
+	if now == 0 {
+		// Where the disk takes its time, perhaps because it was spun down, what it has
+		// counted until now must do: snapshots are not given up for that.
+		n, ok := d.file.written()
+		if !ok {
+			return errors.New("nobody counts any more what is written to the origin")
+		}
+		now = n + 1
+	}
+	// A count that is less began anew with the same disk, as that of a partition does when
+	// the partition table is read again: it says nothing.
+	if now > noted {
 		return fmt.Errorf("the origin was written behind our back: %d sectors", now-noted)
 	}
 	return nil

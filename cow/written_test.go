@@ -2,9 +2,11 @@ package cow
 
 import (
 	"bytes"
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -191,5 +193,87 @@ func TestSectorsIn(t *testing.T) {
 		if got, ok := sectorsIn(tc.stat); got != tc.want || ok != tc.ok {
 			t.Errorf("%s: got %d, %v, want %d, %v", tc.name, got, ok, tc.want, tc.ok)
 		}
+	}
+}
+
+// loopHome is a home whose origin is a loop device, which it returns.
+func loopHome(t *testing.T) (h *home, loop string) {
+	t.Helper()
+	h = newHome(t, 4<<20)
+	origin, backing := filepath.Join(h.dir, "vda"), filepath.Join(t.TempDir(), "backing")
+	if err := os.Rename(origin, backing); err != nil {
+		t.Fatal(err)
+	}
+	loop = newLoop(t, backing)
+	if err := os.Symlink(loop, origin); err != nil {
+		t.Fatal(err)
+	}
+	return h, loop
+}
+
+// slowDisk is an origin whose flushes wait while it is held.
+type slowDisk struct {
+	originFile
+	held *atomic.Pointer[chan struct{}]
+}
+
+func (s slowDisk) sync(complete bool) error {
+	if gate := s.held.Load(); gate != nil {
+		<-*gate
+	}
+	return s.originFile.sync(complete)
+}
+
+// TestSlowFlushIsNobodysWrite opens a block device that does not answer a flush in time, as
+// one that was spun down: nobody wrote to it.
+func TestSlowFlushIsNobodysWrite(t *testing.T) {
+	h, _ := loopHome(t)
+	h.limit = time.Second
+	var held atomic.Pointer[chan struct{}]
+	h.wrap = func(f originFile) originFile { return slowDisk{f, &held} }
+	h.open()
+	put(t, h.dev, 1, 0, 2<<20)
+	h.take("s")
+	was := h.dev.Changes().Generation()
+	h.close()
+	gate := make(chan struct{})
+	held.Store(&gate)
+	snaps := h.open()
+	if now, state := h.dev.Changes().Generation(), image(t, snaps["s"], "vda").State(); now != was || state != "ok" {
+		t.Errorf("the generation is kept: %v, because %q; the image is %s", now == was, h.dev.Reason(), state)
+	}
+	held.Store(nil)
+	close(gate)
+	h.close()
+}
+
+// TestWrittenByOthersAndMapLost has somebody write to a block device whose change map in the
+// run directory is lost as well: the one in the state directory does not hold it.
+func TestWrittenByOthersAndMapLost(t *testing.T) {
+	for _, foreign := range []bool{false, true} {
+		h, loop := loopHome(t)
+		h.state = filepath.Join(h.dir, "state")
+		h.open()
+		put(t, h.dev, 1, 0, 2<<20)
+		was := h.dev.Changes().Generation()
+		h.close()
+		if foreign {
+			f, err := os.OpenFile(loop, os.O_RDWR, 0)
+			if err == nil {
+				_, err = f.WriteAt([]byte("foreign"), 2<<20)
+				err = errors.Join(err, f.Close())
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := os.Truncate(h.layer("changes"), 0); err != nil {
+			t.Fatal(err)
+		}
+		h.open()
+		if kept := h.dev.Changes().Generation() == was; kept == foreign {
+			t.Errorf("somebody wrote: %v; the generation is kept: %v, because %q", foreign, kept, h.dev.Reason())
+		}
+		h.close()
 	}
 }
