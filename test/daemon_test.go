@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -30,7 +31,8 @@ type daemon struct {
 	mount, runDir, state string
 	env                  []string // of the daemon and of commands to it
 
-	stdin *os.File // of the next process; nil for none
+	stdin  *os.File // of the next process; nil for none
+	bootID string   // file with the boot id of the next one after a reboot; empty for none
 
 	cmd    *exec.Cmd
 	stderr *log
@@ -98,6 +100,11 @@ func (d *daemon) launch(args ...string) {
 func (d *daemon) launchPlain(args ...string) (stdout *os.File) {
 	d.t.Helper()
 	d.cmd = d.command(append([]string{"serve"}, args...)...)
+	if d.bootID != "" {
+		d.cmd.Env = append(slices.Clone(d.cmd.Env), rebooting+"="+d.bootID)
+		d.cmd.Args = slices.Insert(d.cmd.Args, 0, "rebooted")
+		d.cmd.Path = "/proc/self/exe"
+	}
 	d.cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
 	d.before, d.stderr, d.uris, d.ended, d.mayEnd = d.stderr, &log{}, nil, make(chan struct{}), false
 	d.cmd.Stderr = d.stderr

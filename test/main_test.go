@@ -25,7 +25,7 @@ var seed = flag.Int64("seed", time.Now().UnixNano(), "seed of the random tests")
 var blksnapPath string
 
 func TestMain(m *testing.M) {
-	for name, run := range map[string]func(string) error{tracing: runTracer, hanging: runHanging} {
+	for name, run := range map[string]func(string) error{tracing: runTracer, hanging: runHanging, rebooting: becomeRebooted} {
 		if order := os.Getenv(name); order != "" {
 			if err := run(order); err != nil {
 				fmt.Fprintln(os.Stderr, err)

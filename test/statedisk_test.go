@@ -19,7 +19,7 @@ import (
 var stateDisks = []struct {
 	name string
 	make func(t *testing.T) (dir string, spoil, heal func())
-	kept bool // the generation goes on, also where the run directory is lost
+	kept bool // the generation goes on, also after a reboot
 }{
 	{"full", func(t *testing.T) (string, func(), func()) {
 		dir := tmpfs(t, "size=1m,mode=700")
@@ -57,18 +57,18 @@ var stateDisks = []struct {
 
 // A daemon that is stopped over such a disk ends in order, and says what it could not
 // write. The next start goes on where nobody wrote meanwhile and somebody knows what was
-// written, also where the run directory is lost as by a reboot; never with an old
+// written, also after a reboot; never with an old
 // generation over what nobody knows.
 func TestStopOverABadStateDisk(t *testing.T) {
 	needRoot(t)
 	for _, disk := range stateDisks {
 		for _, then := range []struct {
-			name          string
-			lost, foreign bool
+			name            string
+			reboot, foreign bool
 		}{
 			{"and started", false, false},
-			{"and the run directory lost", true, false},
-			{"and the run directory lost, and the origin written", true, true},
+			{"and a reboot", true, false},
+			{"and a reboot, and the origin written", true, true},
 		} {
 			t.Run(disk.name+" "+then.name, func(t *testing.T) {
 				const size = miB
@@ -102,35 +102,33 @@ func TestStopOverABadStateDisk(t *testing.T) {
 					t.Errorf("after SIGTERM the daemon ended with %v, want status 0, and that something %s", d.cmd.ProcessState, says)
 				}
 				heal()
-				if then.lost {
-					if err := os.RemoveAll(d.runDir); err != nil {
-						t.Fatal(err)
-					}
-				}
 				if then.foreign {
 					sh(t, `printf x | dd of="$1" bs=1 seek=70000 conv=notrunc 2> /dev/null`, origin)
 				}
 
+				if then.reboot {
+					d.reboot()
+				}
 				d.start(args...)
-				now := read(t, d.device("vda", "cbt", "generation"))
+				now := read(t, d.inside(d.device("vda", "cbt", "generation")))
 				// (A broken disk may have cost the generation before the stop already.)
-				if want := !then.foreign && disk.kept; (now == generation) != want && (disk.kept || then.lost) {
+				if want := !then.foreign && disk.kept; (now == generation) != want && (disk.kept || then.reboot) {
 					t.Errorf("the generation goes on: %v, want %v", now == generation, want)
 				}
-				since := d.device("vda", "cbt", "since", number)
+				since := d.inside(d.device("vda", "cbt", "since", number))
 				if now != generation && exists(since) {
 					t.Error("the new generation answers for a number of the old one")
 				}
 				if now == generation {
 					want := "0 65536 data"
-					if then.lost {
+					if then.reboot {
 						want = fmt.Sprintf("0 %d data\n%d %d zero", size/2, size/2, size/2) // all of the region
 					}
 					if got := read(t, since); got != want {
 						t.Errorf("changed since the snapshot\n got %q\nwant %q", got, want)
 					}
 				}
-				if then.lost {
+				if then.reboot {
 					return
 				}
 				image, err := os.ReadFile(d.snapshot("s1", "vda.img"))

@@ -271,8 +271,7 @@ func eachCall(t *testing.T, kill func(t *testing.T, k int) (calls []string, kill
 	t.Logf("killed at each of %d calls", len(calls))
 }
 
-// TestRebootAtEveryCall kills the daemon as TestKilledAtEveryCall does, and takes its run
-// directory away, as a reboot does. The snapshots and what was added at run time are gone;
+// TestRebootAtEveryCall kills the daemon as TestKilledAtEveryCall does, and reboots. The snapshots and what was added at run time are gone;
 // the history of a device goes on and misses nothing, or has ended, and has where that was
 // the command.
 func TestRebootAtEveryCall(t *testing.T) {
@@ -294,13 +293,11 @@ func TestRebootAtEveryCall(t *testing.T) {
 	}
 }
 
-// checkReboot starts without a run directory. The command was answered, or may have been
+// checkReboot starts after a reboot. The command was answered, or may have been
 // done or not.
 func (s *steps) checkReboot(c stepped, what string, answered bool) {
 	s.t.Helper()
-	if err := os.RemoveAll(s.runDir); err != nil {
-		s.t.Fatal(err)
-	}
+	s.reboot()
 	s.check(what)
 	s.startPlain(s.serve...)
 	s.check(what + ", then a start")
