@@ -151,7 +151,7 @@ mount -o errors=panic /dev/nbd0 /mnt
 touch /tmp/synced
 write &
 writer=$!
-for round in 1 2 3; do
+for _ in 1 2 3; do
     progress
     kill -9 $daemon
     wait $daemon || true
