@@ -54,7 +54,7 @@ func stampTells(lease int64, clean bool, now time.Time) bool {
 // tellOthers notes with each other device that was this disk that it is served under
 // another name now.
 func (d *Device) tellOthers() error {
-	now, err := d.file.identify(d.cat.state != "") // which reads of the disk, not of the state's
+	now, err := d.file.identify(false)
 	if err != nil {
 		return err
 	}
@@ -84,11 +84,23 @@ func (d *Device) tellStates(now identity) error {
 		return err // names may change yet
 	}
 	var errs []error
+	looked := false
 	for _, name := range names {
-		errs = append(errs, patience.call(limit, func() error { return d.tellState(name, now) }, nil))
+		tell := func() error { return d.tellState(name, now, looked) }
+		err := patience.call(limit, tell, nil)
+		if errors.Is(err, errLook) { // which is not for the state disk to wait for
+			if now, err = d.file.identify(true); err == nil {
+				looked = true
+				err = patience.call(limit, tell, nil)
+			}
+		}
+		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
 }
+
+// errLook says that only the content of a block device tells whether it is another.
+var errLook = errors.New("the origin's content is to be looked at")
 
 // othersIn yields the names of the devices but name that have something in dir.
 func othersIn(dir, name string) func(func(string) bool) {
@@ -134,8 +146,9 @@ func (d *Device) tellRun(path string, now identity) error {
 	return errors.Join(err, w.Close())
 }
 
-// tellState takes another device's map, which was written down, away.
-func (d *Device) tellState(name string, now identity) error {
+// tellState takes another device's map, which was written down, away. looked says that now
+// knows a block device's content; where it has to and does not, the error is errLook.
+func (d *Device) tellState(name string, now identity, looked bool) error {
 	disk, dir := d.cat.disk, d.cat.stateDir(name)
 	c, err := openCheckpoint(disk, filepath.Join(dir, "map"))
 	if err != nil {
@@ -144,7 +157,11 @@ func (d *Device) tellState(name string, now identity) error {
 	if err := c.file.Close(); err != nil && !errors.Is(err, io.EOF) {
 		return err
 	}
-	if !c.origin.sameDisk(now, c.boot == d.cat.boot) {
+	sameBoot := c.boot == d.cat.boot
+	if !looked && !sameBoot && !now.isFile() && !c.origin.isFile() && c.origin.size == now.size {
+		return errLook
+	}
+	if !c.origin.sameDisk(now, sameBoot) {
 		return nil
 	}
 	if now.isFile() {
