@@ -34,7 +34,7 @@ func newServer(ctx context.Context, d *Daemon) *http.Server {
 		ReadTimeout:       readTimeout,
 		IdleTimeout:       time.Minute,
 		MaxHeaderBytes:    64 << 10,
-		ErrorLog:          slog.NewLogLogger(d.log.Handler(), slog.LevelDebug),
+		ErrorLog:          slog.NewLogLogger(d.log.Handler(), slog.LevelError),
 		BaseContext:       func(net.Listener) context.Context { return ctx },
 	}
 }

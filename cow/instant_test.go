@@ -83,6 +83,30 @@ func TestTakesThatCross(t *testing.T) {
 	takers.Wait()
 }
 
+// TestTakeEndsBeforeWritesGoOn looks whether a write gets in before the layers of a new
+// snapshot are complete: it could break the images, and their layers be closed meanwhile.
+func TestTakeEndsBeforeWritesGoOn(t *testing.T) {
+	r := newRig(t, 2, 1<<20, 64<<20)
+	looked := 0
+	r.cat.step = func(what string) {
+		if what != "make a snapshot live" && what != "commit a layer" {
+			return
+		}
+		looked++
+		for _, d := range r.devs {
+			if g, ok := d.writers.tryEnter(); ok {
+				d.writers.leave(g)
+				t.Errorf("a write gets into %s at %q", d.name, what)
+			}
+		}
+	}
+	r.take("s")
+	r.cat.step = nil
+	if looked != 3 {
+		t.Errorf("looked %d times, want 3", looked)
+	}
+}
+
 func TestTakeRefuses(t *testing.T) {
 	r := newRig(t, 1, 1<<20, 1<<20)
 	if _, err := r.cat.Take("s", nil, TakeOptions{}); err == nil {

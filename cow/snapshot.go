@@ -122,8 +122,6 @@ func (c *Catalogue) take(name string, devices []*Device, o TakeOptions) (*Snapsh
 		return nil, errors.Join(err, s.discard(preps))
 	}
 	for _, p := range preps {
-		p.device.guarded(p.layer.commit)
-		c.did("commit a layer")
 		p.device.noteStamp()
 		s.images = append(s.images, p.image)
 	}
@@ -249,6 +247,11 @@ func (s *Snapshot) instant(preps []*prepared, limit time.Duration) error {
 	s.catalogue.did("make a snapshot live")
 	for _, p := range preps {
 		p.commit()
+	}
+	// Before writes go on: of an image that they break the layer may be closed at any time.
+	for _, p := range preps {
+		p.device.guarded(p.layer.commit)
+		s.catalogue.did("commit a layer")
 	}
 	return nil
 }

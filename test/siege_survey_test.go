@@ -180,7 +180,7 @@ func (s *siege) surveySnapshot(sn *taken, f snapshotFacts) error {
 // surveyLost checks a snapshot that has overflowed: it may have, and says so to
 // whoever reads it.
 func (s *siege) surveyLost(sn *taken, state string) error {
-	if s.devices["vdb"].foreign && sn.images["vdb"] != nil && strings.HasPrefix(state, "failed") {
+	if (s.devices["vdb"].foreign || sn.lost) && sn.images["vdb"] != nil && strings.HasPrefix(state, "failed") {
 		sn.lost = true
 		return nil
 	}
