@@ -48,11 +48,24 @@ type probe func(ctx context.Context, path string) error
 func checkGround(ctx context.Context, what, path string, p probe) error {
 	ctx, cancel := context.WithTimeout(ctx, groundWait)
 	defer cancel()
-	err := p.ground(ctx, path, maxGround)
+	var err error
+	hangs := prompt(what, path, func() error {
+		err = p.ground(ctx, path, maxGround)
+		return nil
+	})
+	if hangs != nil {
+		return hangs
+	}
 	if err == nil || errors.Is(err, fs.ErrPermission) { // whoever opens it will say that
 		return nil
 	}
 	return fmt.Errorf("%s %s: %w", what, path, err)
+}
+
+// prompt calls f, which looks at what is at path, and gives up where its disk does not even
+// answer that.
+func prompt(what, path string, f func() error) error {
+	return within(groundWait+holdLimit, what+" "+path, f)
 }
 
 // ground follows at most depth layers below path.

@@ -155,12 +155,20 @@ func (s *settings) settleStores(c Config) error {
 				return fmt.Errorf("find snapstore: %w", err)
 			}
 		}
-		for _, d := range s.devices {
-			if spec.Path == d.Origin || sameStorage(spec.Path, d.Origin) {
-				return refuse(syscall.EBUSY, "snapstore %s is the origin of device %s", spec, d.Name)
-			}
+		if err := prompt("snapstore", spec.Path, func() error { return s.checkOrigins(spec) }); err != nil {
+			return err
 		}
 		s.stores = append(s.stores, spec)
+	}
+	return nil
+}
+
+// checkOrigins refuses a part of the snapstore that is an origin.
+func (s *settings) checkOrigins(part store.Spec) error {
+	for _, d := range s.devices {
+		if part.Path == d.Origin || sameStorage(part.Path, d.Origin) {
+			return refuse(syscall.EBUSY, "snapstore %s is the origin of device %s", part, d.Name)
+		}
 	}
 	return nil
 }

@@ -32,27 +32,56 @@ type gatedFile struct {
 // gatedOrigin returns the path of a file of size zeroes, and the file.
 func gatedOrigin(t *testing.T, size int64) (string, *gatedFile) {
 	t.Helper()
-	dir := scratch(t)
 	f := &gatedFile{data: make([]byte, size), entered: make(chan struct{}, 1)}
 	root := &fs.Inode{}
+	dir := mountGate(t, root, f.open, func(ctx context.Context) {
+		root.AddChild("disk.img", root.NewPersistentInode(ctx, f, fs.StableAttr{Mode: syscall.S_IFREG}), false)
+	})
+	return filepath.Join(dir, "disk.img"), f
+}
+
+// deadDir is a directory on a disk that does not answer.
+type deadDir struct {
+	fs.Inode
+	gate chan struct{}
+}
+
+func (d *deadDir) Lookup(_ context.Context, name string, _ *fuse.EntryOut) (*fs.Inode, syscall.Errno) {
+	if name == "below" { // others are asked for while it is mounted
+		<-d.gate
+	}
+	return nil, syscall.ENOENT
+}
+
+// newDeadDir returns the path of a directory that does not say what is below it before
+// answer is called, or the test ends.
+func newDeadDir(t *testing.T) (dir string, answer func()) {
+	t.Helper()
+	d := &deadDir{gate: make(chan struct{})}
+	answer = sync.OnceFunc(func() { close(d.gate) })
+	return mountGate(t, d, answer, nil), answer
+}
+
+// mountGate mounts root, fills it, and calls open before it is unmounted again.
+func mountGate(t *testing.T, root fs.InodeEmbedder, open func(), fill func(ctx context.Context)) (dir string) {
+	t.Helper()
+	dir = scratch(t)
 	server, err := fs.Mount(dir, root, &fs.Options{
 		MountOptions: fuse.MountOptions{DirectMountStrict: true, Name: "gate", MaxWrite: 128 * kiB},
-		OnAdd: func(ctx context.Context) {
-			root.AddChild("disk.img", root.NewPersistentInode(ctx, f, fs.StableAttr{Mode: syscall.S_IFREG}), false)
-		},
+		OnAdd:        fill,
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
 	keepFuse(t)
 	t.Cleanup(func() {
-		f.open()
+		open()
 		if err := server.Unmount(); err != nil {
-			t.Errorf("unmount the origin: %v", err)
+			t.Errorf("unmount the gate: %v", err)
 		}
 		server.Wait()
 	})
-	return filepath.Join(dir, "disk.img"), f
+	return dir
 }
 
 // keepFuse keeps the connections of this process from the programs that it starts:
