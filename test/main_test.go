@@ -35,6 +35,9 @@ func TestMain(m *testing.M) {
 		}
 	}
 	flag.Parse()
+	if os.Getenv("GORACE") == "" { // or each process that it watches sleeps for a second before it ends
+		os.Setenv("GORACE", "atexit_sleep_ms=10")
+	}
 	if err := enterNamespace(); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
