@@ -85,8 +85,8 @@ func (d *Device) tendLease() {
 		if now < until+int64(tallyAfter) {
 			d.leaseTimer.Reset(leaseTick)
 		} else {
+			d.tallyLater(until) // where it is in vain, or dropped
 			d.tallying.Do(d.tally)
-			d.leaseTimer.Reset(leaseTick) // where it was in vain, or dropped
 		}
 	}
 }

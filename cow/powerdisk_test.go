@@ -133,7 +133,7 @@ type disks struct {
 	// pause, if set, is called before each write of the origin, and may wait.
 	pause atomic.Pointer[func()]
 
-	counts bool         // what is written to the origin
+	counts atomic.Bool  // what is written to the origin
 	wrote  atomic.Int64 // sectors
 
 	// mu protects the journal and the inodes.
@@ -595,7 +595,7 @@ func (o diskOrigin) identify(fingerprint bool) (identity, error) {
 }
 
 func (o diskOrigin) written() (uint64, bool) {
-	return uint64(o.wrote.Load()), o.block && o.counts
+	return uint64(o.wrote.Load()), o.block && o.counts.Load()
 }
 
 func (o diskOrigin) noteEnded(generation uuid.UUID) error {

@@ -32,6 +32,10 @@ import (
 // write everything: by then it mostly has.
 const tallyAfter = 4 * time.Second
 
+// tallyAgain is how long it is until the disk is asked once more, where it could not be
+// done.
+const tallyAgain = time.Minute
+
 // written is how many sectors were ever written to a block device, or discarded; false
 // where nobody counts.
 func (f *hostFile) written() (sectors uint64, ok bool) {
@@ -126,6 +130,16 @@ func (d *Device) noteWritten(n uint64, until int64) {
 	d.always(func() { wordAt(d.leaseMemory.Bytes(), writtenAt).Store(n) })
 	d.counted.Store(true)
 	d.leased.Store(0) // so that the next write renews the lease, whatever the clock does
+}
+
+// tallyLater has tendLease called once more, unless a write has renewed the lease, which
+// ended at until, and so sees to it earlier.
+func (d *Device) tallyLater(until int64) {
+	d.leasing.Lock()
+	defer d.leasing.Unlock()
+	if d.leased.Load() == until {
+		d.leaseTimer.Reset(tallyAgain)
+	}
 }
 
 // tally counts what was written after a while without writes.

@@ -127,7 +127,8 @@ func (h *home) afterKill() *home {
 func TestTally(t *testing.T) {
 	inBubble(func(t *testing.T) {
 		l := newPowerLife(t)
-		l.block, l.disks.counts = true, true
+		l.block = true
+		l.disks.counts.Store(true)
 		l.keep()
 		noted := func() uint64 { return wordAt(l.dev.leaseMemory.Bytes(), writtenAt).Load() }
 		wantNoted := func(when string, want int64) {
@@ -162,10 +163,35 @@ func TestTally(t *testing.T) {
 	})(t)
 }
 
+// TestTallyAgain has the disk not answer when it is asked to write everything: it is asked
+// once more a minute later, and not all the time.
+func TestTallyAgain(t *testing.T) {
+	inBubble(func(t *testing.T) {
+		l := newPowerLife(t)
+		l.block = true
+		l.disks.counts.Store(true)
+		l.keep()
+		l.put(0)
+		l.disks.counts.Store(false)
+		time.Sleep(runLease + 2*tallyAfter)
+		l.disks.counts.Store(true)
+		noted := func() bool { return wordAt(l.dev.leaseMemory.Bytes(), writtenAt).Load() != 0 }
+		time.Sleep(tallyAgain / 2)
+		if noted() {
+			t.Error("it is asked again too soon")
+		}
+		time.Sleep(tallyAgain)
+		if !noted() {
+			t.Error("it is not asked again")
+		}
+	})(t)
+}
+
 // TestTallyOvertakenByWrite has a write come while the disk is asked to write everything.
 func TestTallyOvertakenByWrite(t *testing.T) {
 	l := newPowerLife(t)
-	l.block, l.disks.counts = true, true
+	l.block = true
+	l.disks.counts.Store(true)
 	l.keep()
 	l.put(0)
 	until := l.dev.leased.Load()
