@@ -362,15 +362,21 @@ func TestStopKilledAtEveryCall(t *testing.T) {
 		if killed {
 			what = fmt.Sprintf("killed at call %d of a stop, %s", k, calls[k-1])
 		}
-		s.check(what)
-		s.startPlain(s.serve...)
-		s.check(what + ", then a start")
-		if got := s.facts(); got != want {
-			t.Errorf("%s\n got\n%s\nwant\n%s", what, got, want)
-		}
-		s.stop()
+		s.wantAll(what, want)
 		return calls, killed
 	})
+}
+
+// wantAll starts the daemon again, which has lost nothing, and stops it.
+func (s *steps) wantAll(what, want string) {
+	s.t.Helper()
+	s.check(what)
+	s.startPlain(s.serve...)
+	s.check(what + ", then a start")
+	if got := s.facts(); got != want {
+		s.t.Errorf("%s\n got\n%s\nwant\n%s", what, got, want)
+	}
+	s.stop()
 }
 
 func TestStartKilledAtEveryCall(t *testing.T) {
@@ -408,13 +414,7 @@ func TestStartKilledAtEveryCall(t *testing.T) {
 			what = fmt.Sprintf("killed at call %d of a start, %s", k, calls[k-1])
 		}
 		s.kill()
-		s.check(what)
-		s.startPlain(s.serve...)
-		s.check(what + ", then a start")
-		if got := s.facts(); got != want {
-			t.Errorf("%s\n got\n%s\nwant\n%s", what, got, want)
-		}
-		s.stop()
+		s.wantAll(what, want)
 		return calls, killed
 	})
 }
