@@ -177,13 +177,19 @@ func mountConfig(t *testing.T, c *Config) {
 	t.Helper()
 	f, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0)
 	if err != nil {
-		if os.Getenv("CI") == "true" {
-			t.Fatal(err)
-		}
-		t.Skip(err)
+		lacking(t, err.Error())
 	}
 	f.Close()
 	c.Mount = t.TempDir()
+}
+
+// lacking skips the test where CI is not true, and fails it where it is.
+func lacking(t *testing.T, what string) {
+	t.Helper()
+	if os.Getenv("CI") == "true" {
+		t.Fatal(what)
+	}
+	t.Skip(what)
 }
 
 // TestUmountStops unmounts the tree of a daemon from outside.
@@ -191,7 +197,7 @@ func TestUmountStops(t *testing.T) {
 	c := testConfig(t, "vda="+makeOrigin(t, 1<<20))
 	mountConfig(t, &c)
 	if os.Geteuid() != 0 {
-		t.Skip("needs root")
+		lacking(t, "needs root")
 	}
 	r := start(t, c)
 	if err := syscall.Unmount(c.Mount, 0); err != nil {

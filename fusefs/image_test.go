@@ -295,9 +295,7 @@ f.close()'`)
 
 // TestImageLoop attaches images to loop devices.
 func TestImageLoop(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("only root can attach loop devices")
-	}
+	needRoot(t, "only root can attach loop devices")
 	need(t, "losetup", "blkdiscard", "/dev/loop-control")
 	for _, direct := range []string{"off", "on"} {
 		for _, writable := range []bool{false, true} {

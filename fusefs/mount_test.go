@@ -392,9 +392,7 @@ func TestUnmountInUse(t *testing.T) {
 // TestUnmountElsewhereMounted unmounts a tree of which another mount namespace
 // has a copy, so that the kernel goes on with it.
 func TestUnmountElsewhereMounted(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("only root can make a mount namespace")
-	}
+	needRoot(t, "only root can make a mount namespace")
 	need(t, "unshare")
 	tree, dir := mountFake(t, newFakeSource())
 	other := exec.Command("unshare", "--mount", "--propagation", "private", "sh", "-c", "echo ready; read end")
@@ -447,9 +445,7 @@ func TestUnmountWhileTaking(t *testing.T) {
 // TestUnprivileged runs other tests of this package as the user nobody, in a
 // mount namespace of its own where every user may open /dev/fuse.
 func TestUnprivileged(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("only root can become another user")
-	}
+	needRoot(t, "only root can become another user")
 	need(t, "/dev/fuse", "fusermount3", "unshare", "setpriv")
 	tmp, err := os.MkdirTemp("", "fusefs") // t.TempDir is below one that nobody can enter
 	if err != nil {
@@ -509,9 +505,7 @@ func TestMountHelperSaysWhy(t *testing.T) {
 
 // TestAllowOther uses a tree of root as the user nobody.
 func TestAllowOther(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("only root can become another user")
-	}
+	needRoot(t, "only root can become another user")
 	need(t, "setpriv")
 	for _, tc := range []struct {
 		name, command string
@@ -547,9 +541,7 @@ func TestAllowOther(t *testing.T) {
 // TestConnectionCut cuts the tree's connection: the tree says so, and Unmount
 // clears the dead mount.
 func TestConnectionCut(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("only root finds fusectl everywhere")
-	}
+	needRoot(t, "only root finds fusectl everywhere")
 	tree, dir := mountFake(t, newFakeSource())
 	if err := abort(tree.dev); err != nil {
 		t.Fatal(err)
@@ -567,9 +559,7 @@ func TestConnectionCut(t *testing.T) {
 
 // TestAbortUnserved cuts off a tree that does not answer, and nothing else.
 func TestAbortUnserved(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("only root can mount what it wants")
-	}
+	needRoot(t, "only root can mount what it wants")
 	need(t, "/dev/fuse")
 	_, alive := mountFake(t, newFakeSource())
 	cut, dead := mountFake(t, newFakeSource())
@@ -619,9 +609,7 @@ func mountUnserved(t *testing.T, kind string) (dir string) {
 
 // TestDeadMountOfOthers leaves a dead mount of another kind alone.
 func TestDeadMountOfOthers(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("only root can mount what it wants")
-	}
+	needRoot(t, "only root can mount what it wants")
 	need(t, "/dev/fuse")
 	dir := t.TempDir()
 	fd, err := unix.Open("/dev/fuse", unix.O_RDWR, 0)

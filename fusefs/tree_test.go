@@ -75,11 +75,24 @@ func need(t testing.TB, things ...string) {
 		if err == nil {
 			continue
 		}
-		if os.Getenv("CI") == "true" {
-			t.Fatalf("missing: %v", err)
-		}
-		t.Skipf("missing: %v", err)
+		lacking(t, fmt.Sprintf("missing: %v", err))
 	}
+}
+
+// needRoot is need for who must be root to do what a test does.
+func needRoot(t testing.TB, why string) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		lacking(t, why)
+	}
+}
+
+func lacking(t testing.TB, what string) {
+	t.Helper()
+	if os.Getenv("CI") == "true" {
+		t.Fatal(what)
+	}
+	t.Skip(what)
 }
 
 // run runs a shell command in dir and returns its output, which it has to make

@@ -14,7 +14,7 @@ func TestKernelClient(t *testing.T) {
 	needRoot(t)
 	need(t, "qemu-system-x86_64", "nbd-client", "mkfs.ext4", "e2fsck", "dpkg", "apt-get", "unxz")
 	if out := end(t, exec.Command("apt-cache", "policy", "linux-image-cloud-amd64")); !strings.Contains(out.stdout, "Candidate:") {
-		t.Skip("this system has no package linux-image-cloud-amd64, which is Debian's")
+		lacking(t, "this system has no package linux-image-cloud-amd64, which is Debian's")
 	}
 
 	built := "vm/build" // kept from one run to the next
