@@ -26,9 +26,9 @@ const maxSamples = 8
 
 // OnLow has f called each time that free space falls under a mark, a tenth of
 // the pool but at least 64 MiB, or half of a smaller one; and again only after
-// an eighth more than that was free meanwhile. f is called from a goroutine of
-// the pool, no two calls at once; it replaces an earlier f, and nil means
-// nobody. Close waits for it to return.
+// an eighth more than that was free meanwhile, or when a part was added that is not
+// enough. f is called from a goroutine of the pool, no two calls at once; it replaces
+// an earlier f, and nil means nobody. Close waits for it to return.
 func (p *Pool) OnLow(f func(LowSpace)) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -51,6 +51,15 @@ func (p *Pool) noteSpace() {
 		p.wakeWatch()
 	case p.low && free >= mark+mark/8:
 		p.low, p.lowSaid = false, false
+	}
+}
+
+// noteAdded has low space announced again where a part that was added is not enough:
+// whoever adds parts when told must not believe that it was. The caller holds mu.
+func (p *Pool) noteAdded() {
+	if p.low {
+		p.lowSaid = false
+		p.wakeWatch()
 	}
 }
 

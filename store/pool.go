@@ -96,6 +96,7 @@ func (p *Pool) addLocked(no uint8, part Part) error {
 	p.size += l.limit
 	p.reserve = reserveOf(p.size)
 	p.noteFreed()
+	p.noteAdded()
 	go p.keep(l)
 	return nil
 }

@@ -45,7 +45,12 @@ func TestLowSpace(t *testing.T) {
 	give(30) // by more
 	take(40)
 	wantSaid("under the mark again", limit)
-	if err := p.Add(openMem(t, limit)); err != nil {
+	const little = 1 << 20 // not enough
+	if err := p.Add(openMem(t, little)); err != nil {
+		t.Fatal(err)
+	}
+	wantSaid("still under the mark after a part was added", limit+little)
+	if err := p.Add(openMem(t, limit-little)); err != nil {
 		t.Fatal(err)
 	}
 	take(160)
