@@ -65,13 +65,18 @@ func (c *Client) takeFrozen(ctx context.Context, t Taking) (v SnapshotInfo, err 
 	return v, errors.Join(err, thawed)
 }
 
-// runBefore runs a command of the user's. What it prints goes to stderr: stdout is for
-// the snapshot's name.
 func runBefore(ctx context.Context, command string) error {
-	cmd := exec.CommandContext(ctx, "sh", "-c", command)
-	cmd.Stdout, cmd.Stderr = os.Stderr, os.Stderr
+	cmd := shell(ctx, command)
 	if err := cmd.Run(); err != nil {
 		return fmt.Errorf("--before %q: %w", command, err)
 	}
 	return nil
+}
+
+// shell is a command of the user's. What it prints goes to stderr: stdout is for the
+// snapshot's name.
+func shell(ctx context.Context, command string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, "sh", "-c", command)
+	cmd.Stdout, cmd.Stderr = os.Stderr, os.Stderr
+	return cmd
 }

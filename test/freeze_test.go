@@ -246,23 +246,37 @@ func TestCommandsAround(t *testing.T) {
 func TestAfterRunsAlways(t *testing.T) {
 	needRoot(t)
 	d, _ := serveOrigin(t, 4*miB)
-	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGKILL} {
-		t.Run(sig.String(), func(t *testing.T) {
+	for _, tc := range []struct {
+		name string
+		sig  syscall.Signal
+		all  bool // its process group, as a terminal and timeout(1) do
+	}{
+		{"interrupted", syscall.SIGINT, true},
+		{"terminated", syscall.SIGTERM, true},
+		{"hung up", syscall.SIGHUP, true},
+		{"killed", syscall.SIGKILL, false}, // as for want of memory
+		{"all killed", syscall.SIGKILL, true},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
 			dir := scratch(t)
 			begun, after := filepath.Join(dir, "begun"), filepath.Join(dir, "after")
-			cmd := d.command("snapshot", "create", "--before", "touch "+begun+"; exec sleep 60", "--after", "sleep 0.1; echo ran > "+after)
+			cmd := d.command("snapshot", "create", "--before", "touch "+begun+"; exec sleep 60", "--after", "sleep 0.1; cut -d' ' -f5 /proc/$$/stat > "+after)
 			cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 			if err := cmd.Start(); err != nil {
 				t.Fatal(err)
 			}
 			eventually(t, "--before runs", func() bool { return exists(begun) })
-			if sig == syscall.SIGKILL {
-				cmd.Process.Kill() // as for want of memory
+			group := cmd.Process.Pid
+			if tc.all {
+				syscall.Kill(-group, tc.sig)
 			} else {
-				syscall.Kill(-cmd.Process.Pid, sig) // as a terminal does
+				syscall.Kill(group, tc.sig)
 			}
 			cmd.Wait()
-			eventually(t, "--after has run", func() bool { return exists(after) && read(t, after) == "ran" })
+			eventually(t, "--after has run", func() bool { return exists(after) && read(t, after) != "" })
+			if got, want := read(t, after), strconv.Itoa(group); got != want && !tc.all {
+				t.Errorf("--after ran in process group %s, want %s, where --before still is", got, want)
+			}
 			syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) // --before
 		})
 	}
