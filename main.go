@@ -10,6 +10,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"slices"
 	"syscall"
 	"time"
 
@@ -151,8 +152,8 @@ type snapshotCreateCmd struct {
 	TTL    *time.Duration `name:"ttl" placeholder:"DURATION" help:"Destroy the snapshot after this time, also if it is in use (never)."`
 }
 
-// Validate refuses two names, an empty one (a script's variable was not set), and
-// limits that are none.
+// Validate refuses two names, an empty one (a script's variable was not set), an empty
+// mount point, which would be the directory that we are in, and limits that are none.
 func (c *snapshotCreateCmd) Validate() error {
 	switch {
 	case c.Name != nil && c.Named != nil:
@@ -162,6 +163,9 @@ func (c *snapshotCreateCmd) Validate() error {
 	}
 	if c.Name != nil && *c.Name == "" {
 		return errors.New("NAME is empty")
+	}
+	if slices.Contains(c.Freeze, "") {
+		return errors.New("MOUNTPOINT of --freeze is empty")
 	}
 	return errors.Join(positive("--ttl", c.TTL), positive("--max-store", c.MaxStore))
 }
@@ -191,7 +195,10 @@ func (c *snapshotCreateCmd) Run(ctx context.Context, w io.Writer) error {
 		SnapshotRequest: control.SnapshotRequest{Name: name, Devices: c.Device, TTL: orZero(c.TTL), Writable: c.Writable, MaxStore: int64(orZero(c.MaxStore))},
 		Freeze:          c.Freeze, Before: c.Before, After: c.After,
 	})
-	return show(v, err, control.Output{Writer: w}.Taken)
+	if v.Name != "" { // there is a snapshot, also where only --after failed
+		err = errors.Join(control.Output{Writer: w}.Taken(v), err)
+	}
+	return err
 }
 
 type snapshotListCmd struct{ printed }

@@ -107,6 +107,7 @@ func TestExitStatus(t *testing.T) {
 		{"no time to live", []string{"snapshot", "create", "--ttl", "0"}, 2, "blksnap: snapshot create: --ttl must be more than 0"},
 		{"no space", []string{"snapshot", "create", "--max-store", "0"}, 2, "blksnap: snapshot create: --max-store must be more than 0"},
 		{"no size", []string{"device", "resize", "vda", "--shrink", "0"}, 2, "blksnap: device resize: --shrink must be more than 0"},
+		{"empty mount point", []string{"snapshot", "create", "--freeze", ""}, 2, "blksnap: snapshot create: MOUNTPOINT of --freeze is empty"},
 		{"empty name", []string{"snapshot", "create", ""}, 2, "blksnap: snapshot create: NAME is empty"},
 		{"bad size", []string{"serve", "--tracking-block", "lots"}, 2, `blksnap: --tracking-block: "lots" is not a size such as 512, 64KiB, 10GiB or 1TiB`},
 		{"bad range", []string{"cbt", "mark", "vda", "--range", "5"}, 2, `blksnap: --range: range "5" is not OFFSET:LENGTH`},

@@ -22,7 +22,7 @@ type Taking struct {
 
 // Take takes a snapshot. When it returns, frozen file systems are thawed and After
 // has run, also if ctx has ended; and so it is when we are killed. The snapshot is destroyed again where its file
-// systems were not frozen all the time, but it stays where only After fails.
+// systems were not frozen all the time, but it stays where only After fails, and is returned beside the error.
 func (c *Client) Take(ctx context.Context, t Taking) (v SnapshotInfo, err error) {
 	for i, m := range t.Freeze {
 		if t.Freeze[i], err = filepath.Abs(m); err != nil {
@@ -59,10 +59,13 @@ func (c *Client) takeFrozen(ctx context.Context, t Taking) (v SnapshotInfo, err 
 	}
 	v, err = c.TakeSnapshot(ctx, t.SnapshotRequest)
 	thawed := thaw()
-	if err == nil && thawed != nil {
-		err = c.DestroySnapshots(context.WithoutCancel(ctx), []string{v.Name}, true)
+	if err != nil || thawed == nil {
+		return v, errors.Join(err, thawed)
 	}
-	return v, errors.Join(err, thawed)
+	if err := c.DestroySnapshots(context.WithoutCancel(ctx), []string{v.Name}, true); err != nil {
+		return v, errors.Join(err, thawed)
+	}
+	return SnapshotInfo{}, thawed
 }
 
 func runBefore(ctx context.Context, command string) error {

@@ -240,6 +240,9 @@ func TestCommandsAround(t *testing.T) {
 	if r.status != 1 || !strings.Contains(r.stderr, `--after "echo noise; exit 4": exit status 4`) || !exists(d.snapshot("c")) {
 		t.Errorf("after --after had failed: status %d, %q; want status 1, what failed, and the snapshot", r.status, r.stderr)
 	}
+	if r.stdout != "c\n" {
+		t.Errorf("after --after had failed, snapshot create printed %q, want the name of the snapshot", r.stdout)
+	}
 }
 
 // TestAfterRunsAlways ends the command in all ways while it waits.
