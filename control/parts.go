@@ -48,7 +48,7 @@ func (d *Daemon) addPart(ctx context.Context, q PartRequest) (any, error) {
 	if err := d.join(part); err != nil {
 		return nil, errors.Join(err, part.Close())
 	}
-	d.record("store-added", "", "", fmt.Sprintf("%s, %s", spec, people(part.Traits().Spec.Limit)))
+	d.record("store-added", "", "", fmt.Sprintf("%s, %s", spec, people(part.Traits().Limit)))
 	return nil, nil
 }
 

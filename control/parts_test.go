@@ -35,3 +35,17 @@ func TestAddPartRefuses(t *testing.T) {
 		t.Errorf("parts after refused requests\n got %+v\nwant memory and a file of 1 MiB", got)
 	}
 }
+
+// TestAddPartTells adds a part whose spec says no limit: the event says what came.
+func TestAddPartTells(t *testing.T) {
+	spec := "dev:" + attachLoop(t, makeOrigin(t, 4<<20)) // detached after the daemon has closed it
+	d := newTestDaemon(t)
+	d.members = members{Parts: []memberPart{{No: 1, Spec: "mem"}}, open: map[uint8]bool{1: true}}
+	if _, err := d.addPart(t.Context(), PartRequest{Spec: spec}); err != nil {
+		t.Fatal(err)
+	}
+	events, _ := d.events.after(0)
+	if got, want := events[len(events)-1].Text, spec+", "+people(d.pool.Parts()[1].Limit); got != want {
+		t.Errorf("event\n got %q\nwant %q", got, want)
+	}
+}
