@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -308,13 +309,77 @@ func TestFollow(t *testing.T) {
 // TestTakeForNobody takes a snapshot whose client has left before it was there: it does
 // not stay.
 func TestTakeForNobody(t *testing.T) {
-	ctx, leave := context.WithCancel(t.Context())
+	l, err := net.Listen("unix", filepath.Join(t.TempDir(), "control.sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	client, err := net.Dial("unix", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	conn, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	connected := context.WithValue(t.Context(), connKey{}, conn)
+	ended, leave := context.WithCancel(t.Context())
 	leave()
 	d := newTestDaemon(t, "vda")
-	if _, err := d.takeSnapshot(ctx, SnapshotRequest{Name: "s"}); !errors.Is(err, context.Canceled) {
-		t.Errorf("take for a client that has left\n got %v\nwant %v", err, context.Canceled)
+	take := func(what string, ctx context.Context, want error) {
+		t.Helper()
+		if _, err := d.takeSnapshot(ctx, SnapshotRequest{Name: "s"}); !errors.Is(err, want) {
+			t.Errorf("take for %s\n got %v\nwant %v", what, err, want)
+		}
+		if got, there := len(d.snapshotInfos()) > 0, want == nil; got != there {
+			t.Errorf("after it was taken for %s the snapshot exists\n got %v\nwant %v", what, got, there)
+		}
+	}
+	take("a client that has left, as net/http knows", ended, context.Canceled)
+	take("one that waits", connected, nil)
+	if err := d.destroy("s", false); err != nil {
+		t.Fatal(err)
+	}
+	client.Close()
+	take("one that has left, as only the kernel knows", connected, context.Canceled)
+}
+
+// TestTakeForNobodyAnyMore serves clients that left before they were heard. There are
+// many, because net/http may be quick to find that out.
+func TestTakeForNobodyAnyMore(t *testing.T) {
+	d := newTestDaemon(t, "vda")
+	l, err := net.Listen("unix", filepath.Join(t.TempDir(), "control.sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	const clients = 50
+	for range clients {
+		c, err := net.Dial("unix", l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		fmt.Fprint(c, "POST /snapshots HTTP/1.1\r\nHost: blksnap\r\nContent-Length: 2\r\n\r\n{}")
+		c.Close()
+	}
+	s := newServer(t.Context(), d)
+	ended := make(chan bool, clients)
+	s.ConnState = func(_ net.Conn, state http.ConnState) {
+		if state == http.StateClosed {
+			ended <- true
+		}
+	}
+	served := make(chan error, 1)
+	go func() { served <- serveControl(s, l) }()
+	for range clients {
+		<-ended
 	}
 	if got := d.snapshotInfos(); len(got) != 0 {
-		t.Errorf("snapshots\n got %+v\nwant none", got)
+		t.Errorf("%d snapshots are left of clients that had left before", len(got))
+	}
+	s.Close()
+	if err := <-served; err != nil {
+		t.Error(err)
 	}
 }

@@ -14,6 +14,8 @@ import (
 	"os"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -36,7 +38,32 @@ func newServer(ctx context.Context, d *Daemon) *http.Server {
 		MaxHeaderBytes:    64 << 10,
 		ErrorLog:          slog.NewLogLogger(d.log.Handler(), slog.LevelError),
 		BaseContext:       func(net.Listener) context.Context { return ctx },
+		ConnContext:       func(ctx context.Context, c net.Conn) context.Context { return context.WithValue(ctx, connKey{}, c) },
 	}
+}
+
+// connKey is where a request's context has its connection.
+type connKey struct{}
+
+// hasLeft says whether the client of a request has closed its connection. The kernel
+// knows that at once. ctx ends only when net/http has found it out, and also when we
+// stop.
+func hasLeft(ctx context.Context) bool {
+	c, ok := ctx.Value(connKey{}).(syscall.Conn)
+	if !ok {
+		return ctx.Err() != nil
+	}
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return true
+	}
+	fds := []unix.PollFd{{Events: unix.POLLRDHUP}}
+	n := 0
+	err = raw.Control(func(fd uintptr) {
+		fds[0].Fd = int32(fd)
+		n, _ = unix.Poll(fds, 0)
+	})
+	return n > 0 || err != nil // closed by us: net/http has found it out
 }
 
 func handler(d *Daemon) http.Handler {

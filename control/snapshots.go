@@ -15,15 +15,15 @@ import (
 )
 
 // takeSnapshot takes a snapshot at a client's request. It is destroyed again where the
-// client has left before it was taken, which ctx tells: nobody will know of it, and what
-// the client had frozen for it may have been thawed.
+// client has left before it was taken: nobody will know of it, and what the client had
+// frozen for it may have been thawed.
 func (d *Daemon) takeSnapshot(ctx context.Context, q SnapshotRequest) (SnapshotInfo, error) {
 	s, err := d.take(q)
 	if err != nil {
 		return SnapshotInfo{}, err
 	}
-	if ctx.Err() != nil && !d.isStopping() {
-		return SnapshotInfo{}, errors.Join(ctx.Err(), d.destroy(s.Name(), true))
+	if hasLeft(ctx) && !d.isStopping() {
+		return SnapshotInfo{}, errors.Join(context.Canceled, d.destroy(s.Name(), true))
 	}
 	return d.describe(s), nil
 }
