@@ -21,7 +21,8 @@ func (d *Daemon) setDirs(mount string, dirs ...string) {
 }
 
 // checkFreeze refuses mount points whose file system holds an origin, a part of
-// the snapstore, or the state, directly or below loop devices and device mapper.
+// the snapstore, or the state, directly or below loop devices and device mapper; and
+// what is no mount point.
 func (d *Daemon) checkFreeze(q FreezeRequest) (any, error) {
 	used := make(map[uint64]string) // file systems, by device number
 	for _, dev := range d.sortedDevices() {
@@ -49,8 +50,20 @@ func (d *Daemon) checkFreeze(q FreezeRequest) (any, error) {
 		if what := used[fileSystem(m, &st)]; what != "" {
 			return nil, refuse(syscall.EBUSY, "freeze %s: its file system holds %s", m, what)
 		}
+		if !isMountPoint(m) {
+			return nil, refuse(syscall.EINVAL, "freeze %s: no file system is mounted there", m)
+		}
 	}
 	return nil, nil
+}
+
+// isMountPoint is false for a path within a file system. Where one is not mounted that was
+// to be frozen, another would be.
+func isMountPoint(path string) bool {
+	var st unix.Statx_t
+	err := unix.Statx(unix.AT_FDCWD, path, unix.AT_STATX_DONT_SYNC, 0, &st)
+	known := st.Attributes_mask&unix.STATX_ATTR_MOUNT_ROOT != 0 // since Linux 5.8
+	return err == nil && (!known || st.Attributes&unix.STATX_ATTR_MOUNT_ROOT != 0)
 }
 
 // fileSystems notes the file system that path is on, and those below it, as used

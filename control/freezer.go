@@ -102,6 +102,9 @@ func (z *freezer) freeze(mount string) error {
 	}
 	if err := z.ioctl(int(f.Fd()), fiFreeze, 0); err != nil {
 		f.Close()
+		if errors.Is(err, syscall.EBUSY) { // by somebody else, or it was named twice
+			return errors.New("it is frozen already")
+		}
 		return err
 	}
 	z.mu.Lock()

@@ -63,14 +63,24 @@ func TestFreeze(t *testing.T) {
 	if isFrozen(t, point) {
 		t.Error("the file system is still frozen")
 	}
-	for what, point := range map[string]string{
-		"the file system of the origin": d.dir,
-		"what cannot be frozen":         "/proc",
-		"what is not there":             "/nonexistent",
+	inside := filepath.Join(point, "inside")
+	mkdir(t, inside)
+	for _, tc := range []struct{ name, point, want string }{
+		{"the file system of the origin", d.dir, "its file system holds the origin of device vda"},
+		{"what cannot be frozen", "/proc", "operation not supported"},
+		{"what is not there", "/nonexistent", "no such file or directory"},
+		{"what is not mounted", inside, "no file system is mounted there"},
 	} {
-		if r := d.try("snapshot", "create", "no", "--freeze", point); r.status != 1 || strings.Count(r.stderr, "\n") != 1 {
-			t.Errorf("%s: status %d, %q; want status 1 and one line", what, r.status, r.stderr)
+		r := d.try("snapshot", "create", "no", "--freeze", tc.point)
+		if r.status != 1 || strings.Count(r.stderr, "\n") != 1 || !strings.Contains(r.stderr, tc.want) {
+			t.Errorf("%s: status %d, %q; want status 1 and one line: %s", tc.name, r.status, r.stderr, tc.want)
 		}
+	}
+	if r := d.try("snapshot", "create", "no", "--freeze", point, "--freeze", point); r.status != 1 || !strings.Contains(r.stderr, "it is frozen already") {
+		t.Errorf("what is named twice: status %d, %q; want status 1 and that it is frozen already", r.status, r.stderr)
+	}
+	if isFrozen(t, point) {
+		t.Error("the file system is still frozen after it was refused")
 	}
 	if exists(d.snapshot("no")) {
 		t.Error("a snapshot was taken")
