@@ -118,41 +118,52 @@ func (d *Device) find() (lost, err error) {
 	} else {
 		why = d.opening(func() error { return d.recoverState(was.size) })
 	}
-	if why == nil { // a predecessor in this boot
-		now, err := d.file.identify(false)
-		if err != nil {
-			return nil, err
-		}
-		if lost = cmp.Or(servedAs(mem), was.foreign(now, lease, true, false), d.writtenSince(mem)); lost != nil {
-			d.disown(lost)
-		} else if d.stateDir != "" {
-			if err := d.reopenDurable(); err != nil {
-				d.cfg.Log.Warn("the record of writes begins anew", "err", err)
-			}
-		}
-		if err := d.beginLease(mem); err != nil {
-			return nil, err
-		}
-		d.findReason()
-		return lost, nil
+	if why == nil {
+		return d.findInBoot(mem, was, lease)
 	}
 	var behind error // whatever else is wrong
 	if mem != nil && !lease.IsZero() {
 		behind = cmp.Or(servedAs(mem), d.writtenSince(mem))
 	}
+	if mem != nil {
+		err = mem.Close()
+	}
+	if err != nil {
+		return nil, err
+	}
+	return d.findWrittenDown(why, lease, behind)
+}
+
+// findInBoot goes on with the state that a predecessor in this boot left, which was found.
+func (d *Device) findInBoot(mem *memory, was identity, lease time.Time) (lost, err error) {
+	now, err := d.file.identify(false)
+	if err != nil {
+		return nil, err
+	}
+	if lost = cmp.Or(servedAs(mem), was.foreign(now, lease, true, false), d.writtenSince(mem)); lost != nil {
+		d.disown(lost)
+	} else if d.stateDir != "" {
+		if err := d.reopenDurable(); err != nil {
+			d.cfg.Log.Warn("the record of writes begins anew", "err", err)
+		}
+	}
+	if err := d.beginLease(mem); err != nil {
+		return nil, err
+	}
+	d.findReason()
+	return lost, nil
+}
+
+// findWrittenDown goes on with the map that was written down, as after a reboot, or begins a
+// new one. why says what is wrong with what the run directory has, which goes; lease and
+// behind are for recoverDurable.
+func (d *Device) findWrittenDown(why error, lease time.Time, behind error) (lost, err error) {
 	why = d.tellWiped(why)
 	if err := d.wipe(); err != nil {
 		return nil, err
 	}
-	if mem != nil {
-		if err := mem.Close(); err != nil {
-			return nil, err
-		}
-	}
 	if d.stateDir != "" {
-		if err := d.recoverDurable(lease, behind); err == nil {
-			lost = nil
-		} else if !errors.Is(err, errBlank) {
+		if err := d.recoverDurable(lease, behind); err != nil && !errors.Is(err, errBlank) {
 			why = err
 		}
 	}
@@ -165,7 +176,8 @@ func (d *Device) find() (lost, err error) {
 			return nil, err
 		}
 	}
-	if mem, _, _, why = d.openLease(); mem == nil {
+	mem, _, _, why := d.openLease()
+	if mem == nil {
 		return nil, why
 	}
 	return lost, d.beginLease(mem)
