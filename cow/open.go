@@ -212,16 +212,35 @@ func (d *Device) tellWiped(why error) error {
 
 // wipe forgets what is in the run directory.
 func (d *Device) wipe() error {
-	d.layers, d.images, d.nextLayer = nil, nil, 0
+	err := d.forgetFound()
+	if err != nil || d.dir == "" {
+		return err
+	}
+	if err := os.RemoveAll(d.dir); err != nil {
+		return err
+	}
+	return os.MkdirAll(d.dir, 0o700)
+}
+
+// forgetFound forgets what was found until now, which closes its files. Snapshots lack the
+// images from then on.
+func (d *Device) forgetFound() error {
+	mine := func(i *Image) bool { return i.device == d }
+	for _, s := range d.cat.found {
+		n := len(s.images)
+		s.images = slices.DeleteFunc(s.images, mine)
+		s.lost += n - len(s.images)
+	}
+	var errs []error
+	for _, i := range d.images {
+		if i.overlay != nil {
+			errs = append(errs, i.overlay.table.close())
+		}
+	}
+	errs = append(errs, d.closeTables(), d.register.close())
+	d.images, d.register, d.nextLayer = nil, nil, 0
 	d.tracked.Store(nil)
 	d.rollback.Store(nil)
 	d.limits.Store(0)
-	if d.dir == "" {
-		return nil
-	}
-	if err := errors.Join(d.register.close(), os.RemoveAll(d.dir)); err != nil {
-		return err
-	}
-	d.register = nil
-	return os.MkdirAll(d.dir, 0o700)
+	return errors.Join(errs...)
 }

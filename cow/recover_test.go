@@ -632,3 +632,40 @@ func TestRebootAtEveryStep(t *testing.T) {
 	}
 	t.Logf("rebooted after each of %d steps, %d maps went on", len(left), kept)
 }
+
+// A device whose state cannot be used after some of its images were found already: the
+// snapshot lacks them, because nothing is preserved for them any more.
+func TestImagesThatWereFoundAndGivenUp(t *testing.T) {
+	dir := t.TempDir()
+	newSite(t, dir)
+	s := openSite(t, dir, 1<<20, nil)
+	s.take(t, "s1")
+	s.close(t)
+	// An overlay of no image, which is not to be removed.
+	if err := os.MkdirAll(filepath.Join(dir, "run", "devices", "a", fmt.Sprintf(overlayName, 7), "x"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	s = openSite(t, dir, 1<<20, nil)
+	defer s.close(t)
+	p := bytes.Repeat([]byte{1}, 4096)
+	for _, d := range s.devs {
+		if err := d.Write(p, 0, false); err != nil {
+			t.Fatal(err)
+		}
+	}
+	snap := s.snap["s1"]
+	if i, ok := snap.Image("a"); ok {
+		err := i.Read(p, 0)
+		t.Errorf("the image is there: it reads %d, %v", p[0], err)
+	}
+	if got, want := snap.State(), "failed: 1 of 2 images were lost before the last start"; got != want {
+		t.Errorf("state of the snapshot\n got %s\nwant %s", got, want)
+	}
+	i, ok := snap.Image("b")
+	if !ok {
+		t.Fatal("the image of the other device is lost")
+	}
+	if err := i.Read(p, 0); err != nil || p[0] != 0 {
+		t.Errorf("the image of the other device reads %d, %v, want 0", p[0], err)
+	}
+}
