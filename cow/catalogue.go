@@ -62,6 +62,11 @@ type Catalogue struct {
 	free   []record
 	opened map[string]bool // names of the devices that were opened
 
+	// doubted are the names of the devices that Recover distrusts (distrust.go), with the
+	// device where that has its state in memory; recovered says that it was called.
+	doubted   map[string]*Device
+	recovered bool
+
 	// waiting are the devices that have to be resumed by Recover, because they have
 	// layers of a predecessor, in the order in which they were opened.
 	waiting []*Device
@@ -103,7 +108,7 @@ func openSoundCatalogue(dir, boot string) (c *Catalogue, why, err error) {
 	}
 	if errors.Is(err, ErrDamaged) || errors.Is(err, ErrVersion) {
 		why = err
-		if err = discardState(dir); err == nil {
+		if err = discardCatalogue(dir); err == nil {
 			c, err = openCatalogue(dir, boot)
 		}
 	}
@@ -141,7 +146,10 @@ func anyLayer(dir string) bool {
 }
 
 func openCatalogue(dir, boot string) (*Catalogue, error) {
-	c := &Catalogue{dir: dir, disk: hostDisk{}, boot: boot, found: make(map[uint64]*Snapshot), opened: make(map[string]bool)}
+	c := &Catalogue{
+		dir: dir, disk: hostDisk{}, boot: boot,
+		found: make(map[uint64]*Snapshot), opened: make(map[string]bool), doubted: make(map[string]*Device),
+	}
 	path := ""
 	if dir != "" {
 		path = filepath.Join(dir, "catalogue")
@@ -153,7 +161,7 @@ func openCatalogue(dir, boot string) (*Catalogue, error) {
 	err = c.begin(boot)
 	if errors.Is(err, errOtherBoot) {
 		c.mem.Close()
-		if err := discardState(dir); err != nil {
+		if err := discardCatalogue(dir); err != nil {
 			return nil, err
 		}
 		return openCatalogue(dir, boot)
@@ -291,18 +299,9 @@ func bootTime() int64 {
 	return now.Nano() - up.Nano()
 }
 
-// discardState removes what the engine keeps in a run directory.
-func discardState(dir string) error {
-	return errors.Join(os.RemoveAll(filepath.Join(dir, "catalogue")), os.RemoveAll(filepath.Join(dir, "devices")))
-}
-
-// discardDevices removes what devices keep in the run directory.
-func (c *Catalogue) discardDevices() error {
-	if c.dir == "" {
-		return nil
-	}
-	return os.RemoveAll(filepath.Join(c.dir, "devices"))
-}
+// discardCatalogue removes the catalogue of a run directory. Who begins a new one discards
+// what devices keep there.
+func discardCatalogue(dir string) error { return os.RemoveAll(filepath.Join(dir, "catalogue")) }
 
 // deviceDir is where the state of a device is, empty where there is none.
 func (c *Catalogue) deviceDir(name string) string {

@@ -73,7 +73,7 @@ type Config struct {
 type Device struct {
 	name    string
 	cat     *Catalogue
-	dir     string // where its state is, empty where it has none
+	dir     string // where its state is, empty where that is in memory
 	origin  *Origin
 	file    originFile
 	pool    *store.Pool
@@ -109,8 +109,10 @@ type Device struct {
 	// Stored under mu.
 	limits atomic.Int32
 
-	failure atomic.Pointer[string] // why the device is failed
-	began   atomic.Pointer[string] // why the present generation did
+	failure  atomic.Pointer[string] // why the device is failed
+	began    atomic.Pointer[string] // why the present generation did
+	inMemory error                  // why its state is nowhere but in memory; nil where it is not
+	toldLost bool                   // that it lost all images while it was opened
 
 	// durable is what outlives the machine, nil where nothing does. lease is until
 	// when our own writes may stamp the origin (durable.go).
@@ -253,7 +255,8 @@ func (d *Device) Size() int64 { return d.size.Load() }
 // ReadOnly is false.
 func (d *Device) ReadOnly() bool { return false }
 
-// State is "ok", "stopping", or "failed: " and why.
+// State is "ok", "ok, in memory only: " and why its state is, "stopping", or "failed: "
+// and why.
 func (d *Device) State() string {
 	if why := d.failure.Load(); why != nil {
 		return "failed: " + *why
@@ -263,6 +266,9 @@ func (d *Device) State() string {
 	}
 	if t := d.tear.Load(); t != nil && d.RollingBack() == nil {
 		return "failed: " + t.String()
+	}
+	if d.inMemory != nil {
+		return "ok, in memory only: " + d.inMemory.Error()
 	}
 	return "ok"
 }

@@ -226,7 +226,6 @@ func (d *Device) writeLast(u *durable) error {
 // keepDurable writes checkpoints while the device lives, and begins a new generation
 // where the present one could not be kept.
 func (d *Device) keepDurable() {
-	defer d.running.Done()
 	tick := time.NewTicker(checkpointEvery)
 	defer tick.Stop()
 	for {

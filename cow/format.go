@@ -15,6 +15,8 @@
 //	    12     4  CRC-32C of bytes 8 to 11 and 16 to 51
 //	    16    36  boot id, as text
 //	    56     8  last snapshot id given out; changes
+//	    64  4032  words, each the FNV-1a hash (64 bits, and never 0) of the name of a device
+//	              whose files here nobody may believe (distrust.go); 0: none; change
 //	  4096     …  records
 //
 // Record of a snapshot
@@ -89,7 +91,8 @@ const (
 
 // Offsets of the words that change.
 const (
-	catalogueLastID = 56
+	catalogueLastID   = 56
+	catalogueDistrust = 64
 
 	recordState = 0
 	recordTaken = 8

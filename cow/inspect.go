@@ -58,7 +58,11 @@ func (i Inspection) Inspect() ([]Problem, error) {
 	}
 	w := inspector{Inspection: i, boot: boot, told: make(map[string]int), snapshots: make(map[uint64]string)}
 	if w.catalogue() {
-		w.eachDevice(i.Run, w.runDevice)
+		w.eachDevice(i.Run, func(name, dir string) {
+			if !slices.Contains(w.distrusted, distrustWord(name)) {
+				w.runDevice(name, dir)
+			}
+		})
 		w.slots()
 	}
 	w.eachDevice(i.State, w.stateDevice)
@@ -68,10 +72,11 @@ func (i Inspection) Inspect() ([]Problem, error) {
 // inspector is the state of an inspection.
 type inspector struct {
 	Inspection
-	boot      string
-	problems  []Problem
-	told      map[string]int    // problems of each file
-	snapshots map[uint64]string // names of those that are live, by id
+	boot       string
+	problems   []Problem
+	told       map[string]int    // problems of each file
+	snapshots  map[uint64]string // names of those that are live, by id
+	distrusted []uint64          // words of the devices whose files nobody believes
 
 	tables []inspectedTable
 	named  []namedSlot
@@ -214,6 +219,9 @@ func (w *inspector) catalogue() bool {
 	if err != nil {
 		w.tell(path, advice, "%v", err)
 		return true
+	}
+	for at := catalogueDistrust; at < catalogueHeader; at += 8 {
+		w.distrusted = append(w.distrusted, host.Uint64(b[at:]))
 	}
 	w.records(f, host.Uint64(b[catalogueLastID:]))
 	return true

@@ -25,6 +25,9 @@ var serials atomic.Uint64
 // on; else, and where that state cannot be used, a new generation begins after
 // c.Number, and the event says why. The origin belongs to the device from then on,
 // also where Open fails.
+//
+// Where the run directory does not take the state, the device goes on with it in memory
+// (inmemory.go), and says so; once Recover was called Open fails instead.
 func (c *Catalogue) Open(o *Origin, pool *store.Pool, cfg Config) (*Device, error) {
 	d, err := c.open(o, pool, cfg)
 	if err != nil {
@@ -35,14 +38,21 @@ func (c *Catalogue) Open(o *Origin, pool *store.Pool, cfg Config) (*Device, erro
 		d.tellTear()
 		d.running.Go(d.reclaim)
 	}
-	if d.stateDir != "" {
-		d.running.Add(1)
-		go d.keepDurable()
-		if d.durable.Load() == nil {
-			d.poke()
-		}
+	if d.inMemory == nil {
+		d.beginKeeping()
 	}
 	return d, nil
+}
+
+// beginKeeping begins to keep what outlives the machine.
+func (d *Device) beginKeeping() {
+	if d.stateDir == "" {
+		return
+	}
+	d.running.Go(d.keepDurable)
+	if d.durable.Load() == nil {
+		d.poke()
+	}
 }
 
 func (c *Catalogue) open(o *Origin, pool *store.Pool, cfg Config) (*Device, error) {
@@ -69,29 +79,21 @@ func (c *Catalogue) open(o *Origin, pool *store.Pool, cfg Config) (*Device, erro
 	d.copier = newCopier(pool)
 	d.flights.New = func() any { return newFlight(d) }
 	d.settled = sync.NewCond(&d.mu)
-	if d.dir != "" {
-		if err := os.MkdirAll(d.dir, 0o700); err != nil {
-			return nil, err
-		}
-	}
-	lost, err := d.find()
+	lost, err := d.begin()
 	if err != nil {
 		return nil, err
 	}
 	if _, d.counts = d.file.written(); d.counts {
 		d.tallying.Do(d.tally) // a disk that was spun down takes seconds
 	}
-	d.endFound()
+	if d.inMemory == nil {
+		d.endFound()
+	}
 	if lost != nil {
 		d.noteGeneration(lost.Error())
 	}
 	if err := d.tellOthers(); err != nil {
 		return nil, fmt.Errorf("note that its origin has another name now: %w", err)
-	}
-	if d.register == nil {
-		if d.register, err = newRegister(d.path(registerName)); err != nil {
-			return nil, err
-		}
 	}
 	d.findTear()
 	c.mu.Lock()
@@ -103,12 +105,43 @@ func (c *Catalogue) open(o *Origin, pool *store.Pool, cfg Config) (*Device, erro
 	return d, nil
 }
 
-// errNew is why a device without state begins a generation.
-var errNew = errors.New("the device is new")
+// begin finds or makes the device's state, in memory where the run directory does not take
+// it. lost says why a new generation has begun, nil if none has.
+func (d *Device) begin() (lost, err error) {
+	lost, err = d.beginFiles()
+	if err != nil && d.dir != "" && d.cat.starting() {
+		return d.beginInMemory(err)
+	}
+	return lost, err
+}
 
-// find opens the device's state, or begins anew. lost says why a new generation
-// has begun, nil if none has.
-func (d *Device) find() (lost, err error) {
+// beginFiles is begin where that is possible as it should be.
+func (d *Device) beginFiles() (lost, err error) {
+	if d.dir != "" {
+		if err := os.MkdirAll(d.dir, 0o700); err != nil {
+			return nil, err
+		}
+	}
+	distrusted := d.cat.distrusts(d.name)
+	if lost, err = d.find(distrusted); err != nil {
+		return nil, err
+	}
+	if d.register == nil {
+		if d.register, err = newRegister(d.path(registerName)); err != nil {
+			return nil, err
+		}
+	}
+	if distrusted {
+		d.cat.trust(d.name)
+	}
+	return lost, nil
+}
+
+// find opens the device's state, or begins anew.
+func (d *Device) find(distrusted bool) (lost, err error) {
+	if distrusted {
+		return d.findWrittenDown(errDistrusted, time.Time{}, errDistrusted)
+	}
 	mem, was, lease, why := d.openLease()
 	if mem == nil && !errors.Is(why, ErrDamaged) {
 		return nil, why
@@ -127,6 +160,9 @@ func (d *Device) find() (lost, err error) {
 	}
 	if mem != nil {
 		err = mem.Close()
+	}
+	if refused(why) {
+		err = why
 	}
 	if err != nil {
 		return nil, err
@@ -183,6 +219,12 @@ func (d *Device) findWrittenDown(why error, lease time.Time, behind error) (lost
 	return lost, d.beginLease(mem)
 }
 
+// Why a device without state that counts begins a generation.
+var (
+	errNew        = errors.New("the device is new")
+	errDistrusted = errors.New("the device was served meanwhile with its state in memory only")
+)
+
 // disown gives the images up, because somebody else wrote to the origin, and the
 // history with them.
 func (d *Device) disown(why error) {
@@ -205,9 +247,18 @@ func (d *Device) tellWiped(why error) error {
 	if errors.Is(why, errBlank) {
 		why = errors.New("lease: it is not there")
 	}
-	d.cfg.Log.Error("images lost", "file", d.dir, "err", why)
-	d.event(EventSnapshotFailed, "", fmt.Sprintf("its images are lost: %v; destroy the snapshots", why))
+	d.tellLost(d.dir, why)
 	return why
+}
+
+// tellLost tells, once, that all of the device's images, which were in dir, are lost.
+func (d *Device) tellLost(dir string, why error) {
+	if d.toldLost {
+		return
+	}
+	d.toldLost = true
+	d.cfg.Log.Error("images lost", "file", dir, "err", why)
+	d.event(EventSnapshotFailed, "", fmt.Sprintf("its images are lost: %v; destroy the snapshots", why))
 }
 
 // wipe forgets what is in the run directory.

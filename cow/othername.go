@@ -60,7 +60,9 @@ func (d *Device) tellOthers() error {
 	}
 	var errs []error
 	for name := range othersIn(d.cat.dir, d.name) {
-		errs = append(errs, d.tellRun(filepath.Join(d.cat.deviceDir(name), "lease"), now))
+		if d.tellRun(filepath.Join(d.cat.deviceDir(name), "lease"), now) != nil {
+			errs = append(errs, d.cat.doubt(name))
+		}
 	}
 	err = d.tellStates(now)
 	if errors.Is(err, errNoAnswer) {
@@ -117,11 +119,12 @@ func othersIn(dir, name string) func(func(string) bool) {
 	}
 }
 
-// tellRun notes it in another device's lease file.
+// tellRun notes it in another device's lease file. It fails where that would have to be
+// noted, or may have to be, and cannot.
 func (d *Device) tellRun(path string, now identity) error {
 	f, err := openInspected(path)
-	if f == nil || err != nil {
-		return nil // no lease, no trust
+	if f == nil {
+		return err // no lease, no trust
 	}
 	defer f.Close()
 	b, err := f.head(leftAt + 8)

@@ -21,6 +21,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"syscall"
 
 	"blksnap/cbt"
 	"blksnap/store"
@@ -75,6 +76,9 @@ func (c *Catalogue) Forget() (int, error) {
 // says so, also where it has none, until it is destroyed: who copies its images must
 // not take the rest for all.
 func (c *Catalogue) Recover() (snaps []*Snapshot, absent []string, err error) {
+	if err := c.distrustDoubted(); err != nil {
+		return nil, nil, err
+	}
 	if absent, err = c.forgetAbsent(); err != nil {
 		return nil, nil, fmt.Errorf("forget images of devices that are not there: %w", err)
 	}
@@ -104,32 +108,45 @@ func (c *Catalogue) Recover() (snaps []*Snapshot, absent []string, err error) {
 // the devices' names. Nobody has put the slots in use that these layers name: from
 // now on they are given to others, so no later start may look for images there.
 func (c *Catalogue) forgetAbsent() (absent []string, err error) {
-	if c.dir == "" {
-		return nil, nil
-	}
-	layers, err := filepath.Glob(filepath.Join(c.dir, "devices", "*", "layer-*"))
+	names, err := c.deviceNames()
 	if err != nil {
 		return nil, err
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for _, path := range layers {
-		name := filepath.Base(filepath.Dir(path))
-		if c.opened[name] {
+	for _, name := range names {
+		c.mu.Lock()
+		opened := c.opened[name]
+		c.mu.Unlock()
+		if opened {
 			continue
 		}
-		if err := os.Remove(path); err != nil {
+		n, err := c.forgetLayers(name)
+		if err != nil {
+			err = c.distrust(name)
+		}
+		if err != nil {
 			return nil, err
 		}
-		absent = append(absent, name)
-	}
-	absent = slices.Compact(absent)
-	for _, name := range absent { // last: until then a start finds that some are missing
-		if err := os.RemoveAll(filepath.Join(c.deviceDir(name), registerName)); err != nil {
-			return nil, err
+		if n > 0 {
+			absent = append(absent, name)
 		}
 	}
 	return absent, nil
+}
+
+// forgetLayers removes the layers of a device, and returns how many there were.
+func (c *Catalogue) forgetLayers(name string) (n int, err error) {
+	dir := c.deviceDir(name)
+	numbers, err := numbersIn(dir, layerName)
+	if errors.Is(err, syscall.ENOTDIR) {
+		return 0, nil
+	}
+	for _, number := range numbers {
+		err = errors.Join(err, os.Remove(layerPath(dir, layerName, number)))
+	}
+	if err == nil && len(numbers) > 0 { // last: until then a start finds that some are missing
+		err = os.RemoveAll(filepath.Join(dir, registerName))
+	}
+	return len(numbers), err
 }
 
 // recoverState finds the device's state in its directory. An error says why it

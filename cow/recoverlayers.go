@@ -28,6 +28,9 @@ func (d *Device) openLayers() ([]foundLayer, error) {
 	needed := 0 // up to here images are lost
 	for _, e := range list {
 		l, err := d.openEntered(e)
+		if refused(err) {
+			return nil, fmt.Errorf("%s: %w", layerPath(d.dir, layerName, e.number), err)
+		}
 		if e.spent || err == nil && l.table.spent() {
 			if l, err = d.openSpent(l, e, err); err != nil {
 				return nil, err
@@ -88,6 +91,9 @@ func (d *Device) openRegistered() (list []entered, lost, err error) {
 			return list, nil, nil
 		}
 		lost = errors.Join(lost, r.close())
+	}
+	if refused(lost) {
+		return nil, nil, fmt.Errorf("%s: %w", path, cause(lost))
 	}
 	if errors.Is(lost, errBlank) {
 		lost = errors.New("it is not there")

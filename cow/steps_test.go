@@ -26,9 +26,10 @@ var stepsMet = map[string][]string{
 		"note a fault", "publish a word", "forget a table", "spend a layer", "cut a spent layer",
 		"take a spent layer from the register", "remove a spent layer",
 	},
-	"a rollback":  {"note a rollback", "note a tear", "write back", "take back the note of a tear"},
-	"a resize":    {"note a new size"},
-	"a cut by us": {"note a cut", "cut an origin", "note a new size"},
+	"a rollback":         {"note a rollback", "note a tear", "write back", "take back the note of a tear"},
+	"a resize":           {"note a new size"},
+	"a cut by us":        {"note a cut", "cut an origin", "note a new size"},
+	"a device in memory": {"distrust a device", "trust a device"},
 }
 
 // met collects the kinds of steps of a scenario.
