@@ -216,6 +216,7 @@ func (d *Device) Close() error {
 	images := slices.Clone(d.images)
 	d.mu.Unlock()
 	d.leaveLease()
+	d.tallying.wait() // whose limit is that of countWritten
 	for _, i := range images {
 		i.end(stopping)
 	}

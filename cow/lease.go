@@ -21,6 +21,7 @@
 package cow
 
 import (
+	"sync"
 	"sync/atomic"
 	"time"
 )
@@ -129,13 +130,19 @@ func (d *Device) stamp(f func() error) error {
 
 // single runs one function at a time in the background, and drops those that come
 // meanwhile.
-type single struct{ running atomic.Bool }
+type single struct {
+	running atomic.Bool
+	ended   sync.WaitGroup
+}
 
 func (s *single) Do(f func()) {
 	if s.running.CompareAndSwap(false, true) {
-		go func() {
+		s.ended.Go(func() {
 			defer s.running.Store(false)
 			f()
-		}()
+		})
 	}
 }
+
+// wait returns when nothing runs. Nobody calls Do any more.
+func (s *single) wait() { s.ended.Wait() }

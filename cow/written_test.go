@@ -273,6 +273,46 @@ func TestSlowFlushIsNobodysWrite(t *testing.T) {
 	h.close()
 }
 
+// slowCount is an origin of which the second count of what was written waits: the one that
+// an open begins in the background.
+type slowCount struct {
+	originFile
+	calls         *atomic.Int32
+	entered, gate chan struct{}
+}
+
+func (s slowCount) written() (uint64, bool) {
+	if s.calls.Add(1) == 2 {
+		close(s.entered)
+		<-s.gate
+	}
+	return s.originFile.written()
+}
+
+// TestCloseWaitsForTally closes a device while what was written to it is counted.
+func TestCloseWaitsForTally(t *testing.T) {
+	h, _ := loopHome(t)
+	s := slowCount{calls: new(atomic.Int32), entered: make(chan struct{}), gate: make(chan struct{})}
+	h.wrap = func(f originFile) originFile {
+		s.originFile = f
+		return s
+	}
+	h.open()
+	<-s.entered
+	closed := make(chan struct{})
+	go func() {
+		h.close()
+		close(closed)
+	}()
+	select {
+	case <-closed:
+		t.Error("the device is closed, and somebody still counts")
+	case <-time.After(50 * time.Millisecond):
+	}
+	close(s.gate)
+	<-closed
+}
+
 // TestWrittenByOthersAndMapLost has somebody write to a block device whose change map in the
 // run directory is lost as well: the one in the state directory does not hold it.
 func TestWrittenByOthersAndMapLost(t *testing.T) {
