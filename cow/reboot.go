@@ -30,6 +30,9 @@ func (d *Device) reopenDurable() error {
 	}
 	defer c.file.Close()
 	r, err := openRegions(d.promptDisk(), d.regionsPath())
+	if err == nil {
+		err = d.heal(r)
+	}
 	if err != nil {
 		return err
 	}
@@ -39,6 +42,16 @@ func (d *Device) reopenDurable() error {
 	}
 	d.goOnWith(r)
 	return nil
+}
+
+// heal makes a record that was found whole, or closes it.
+func (d *Device) heal(r *regions) error {
+	disk := d.promptDisk()
+	err := disk.patience.call(disk.limit, r.heal, nil)
+	if err != nil {
+		r.file.Close()
+	}
+	return err
 }
 
 // goOnWith goes on with a record that was found.
@@ -66,6 +79,7 @@ func (d *Device) recoverDurable(lease time.Time, behind error) error {
 	if rerr == nil {
 		// Whatever comes of the rest, numbers go on, and leave one out.
 		d.cfg.Number = max(d.cfg.Number, r.state.number+1)
+		rerr = d.heal(r)
 	}
 	c, err := openCheckpoint(d.promptDisk(), d.mapPath())
 	if err == nil {

@@ -360,3 +360,35 @@ func TestRunDirectoryIsLost(t *testing.T) {
 		})
 	}
 }
+
+// TestHalfARecordIsHealed damages the newer header of a record, the only one that says
+// which set has the last regions. The start that finds it knows them from both sets. The
+// next header is written over the damaged one: after another loss of power they must be in
+// the set that it names.
+func TestHalfARecordIsHealed(t *testing.T) {
+	l := newPowerLife(t)
+	l.keep()
+	l.put(0)
+	l.take()
+	l.must(l.checkpoint()) // the other set counts, says the last header that is written
+	seq := l.dev.durable.Load().regions.state.seq
+	l.put(3 << regionShift)
+	if got := l.dev.durable.Load().regions.state.seq; got != seq {
+		t.Fatalf("header %d was written after the checkpoint wrote %d", got, seq)
+	}
+	next := &powerLife{
+		t: t, rng: l.rng, disks: l.disks.afterCut(l.disks.length(), 1, l.rng),
+		facts: l.facts.clone(), value: l.value, where: "half a record",
+	}
+	next.disks.before = next.ask
+	node := next.disks.root.names["state"].names["devices"].names["vda"].names["regions"]
+	node.patch(int64(seq%2)*regionsHeader+20, 0xff)
+	next.disks.boot()
+	next.check() // and takes a snapshot, for which a header is written
+	t.Cleanup(next.stop)
+	if !next.dev.durable.Load().regions.note(3<<regionShift, 1) {
+		t.Error("a region that one of the sets has is not recorded")
+	}
+	next.lose(0)
+	next.lose(1)
+}

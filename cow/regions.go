@@ -45,6 +45,7 @@ type regions struct {
 	mu     sync.Mutex
 	state  regionsState
 	going  []uint64 // regions that a drop is taking out of recorded, nil while none does
+	halved bool     // one of the headers was found damaged (heal)
 	unsure error    // why it is not known which header, and so which set, counts on the disk
 
 	// joinMu protects the batch that the next write of the file takes along.

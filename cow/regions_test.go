@@ -255,6 +255,73 @@ func TestDamagedRecord(t *testing.T) {
 	}
 }
 
+// TestHealedRecordIsWhole heals a record with a damaged header. A kill at any step of that
+// loses no region and no number; and it is enough once, so that numbers do not leap with
+// each start.
+func TestHealedRecordIsWhole(t *testing.T) {
+	r, path := newTestRegions(t, 5000*region)
+	for _, i := range []int64{1, 4999} {
+		if err := r.add(i*region, 1); err != nil {
+			t.Fatal(err)
+		}
+		// The other set counts from now on, and keeps the region.
+		r.begin()
+		r.note(i*region, 1)
+		if err := r.drop(r.state.generation, func() bool { return true }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := r.add(2500*region, 1); err != nil {
+		t.Fatal(err)
+	}
+	number := r.state.number
+	if _, err := r.file.WriteAt([]byte{0xff}, int64(r.state.seq%2)*regionsHeader+20); err != nil {
+		t.Fatal(err)
+	}
+	for k := 1; ; k++ {
+		again, err := openRegions(hostDisk{}, path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if want := number + 2*reserveStep; again.state.number != want {
+			t.Errorf("number after %d starts\n got %d\nwant %d", k, again.state.number, want)
+		}
+		again.file = &dyingFile{again.file, k}
+		err = again.heal()
+		if cerr := again.file.Close(); cerr != nil {
+			t.Error(cerr)
+		}
+		wantRegions(t, path, 1, 2500, 4999)
+		if err == nil && !again.halved {
+			break
+		}
+		if !errors.Is(err, syscall.EIO) {
+			t.Fatalf("healed over a file that fails: %v, want EIO", err)
+		}
+	}
+	again, err := openRegions(hostDisk{}, path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer again.file.Close()
+	if again.halved || again.state.number != number+2*reserveStep {
+		t.Errorf("after it was healed: a damaged header %v, number %d; want false, %d", again.halved, again.state.number, number+2*reserveStep)
+	}
+}
+
+// dyingFile fails from its kth write on.
+type dyingFile struct {
+	durableFile
+	k int
+}
+
+func (f *dyingFile) WriteAt(p []byte, off int64) (int, error) {
+	if f.k--; f.k <= 0 {
+		return 0, syscall.EIO
+	}
+	return f.durableFile.WriteAt(p, off)
+}
+
 func TestNumbersAreReserved(t *testing.T) {
 	r, path := newTestRegions(t, region)
 	if err := r.reserve(8); err != nil {

@@ -115,7 +115,7 @@ func readRegions(f durableFile) (*regions, error) {
 		return nil, err
 	}
 	r := newRegions(f, st.size)
-	r.state = st
+	r.state, r.halved = st, !sure
 	for p := range r.pages() {
 		r.readPage(st.set, p)
 		if !sure {
@@ -158,6 +158,30 @@ func readHeaders(f durableFile) (st regionsState, sure bool, err error) {
 		st.number += 2 * reserveStep
 	}
 	return st, damaged == 0, nil
+}
+
+// heal makes a record whole that was found with a damaged header. The next header is
+// written over that one and says which set counts: until it does, both sets do, so that
+// set must hold first what the other one has. Who is told that a region is recorded
+// relies on it.
+func (r *regions) heal() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !r.halved {
+		return nil
+	}
+	err := errors.Join(r.writeSet(0), r.writeSet(1))
+	if err == nil {
+		err = r.file.Sync()
+	}
+	if err == nil {
+		err = r.writeHeader()
+	}
+	if err != nil {
+		return fmt.Errorf("record of regions: replace a damaged header: %w", err)
+	}
+	r.halved = false
+	return nil
 }
 
 // readPage adds what a page of a set has to what is recorded.
