@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -251,5 +252,101 @@ func TestDamagedCatalogue(t *testing.T) {
 				t.Errorf("%d snapshots are found, want none", len(c.found))
 			}
 		})
+	}
+}
+
+// TestDirectoriesInTheState puts a directory in the place of a file of the state directory.
+// All is kept again at once, and what is in the directory stays.
+func TestDirectoriesInTheState(t *testing.T) {
+	for _, name := range []string{"map", "map.new", "regions", "regions.new", "rollback"} {
+		for _, tc := range []struct {
+			name    string
+			content []string // of the directory, and of one that was set aside before
+		}{
+			{"empty", nil},
+			{"with content", []string{""}},
+			{"once more", []string{"", ".aside-1"}},
+		} {
+			t.Run(name+" "+tc.name, func(t *testing.T) {
+				h := newHome(t, 1<<20)
+				h.state = t.TempDir()
+				h.open()
+				h.writeDown()
+				h.close()
+				path := filepath.Join(h.state, "devices", "vda", name)
+				if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+					t.Fatal(err)
+				}
+				if err := os.Mkdir(path, 0o700); err != nil {
+					t.Fatal(err)
+				}
+				for _, k := range tc.content {
+					if err := os.MkdirAll(path+k, 0o700); err != nil {
+						t.Fatal(err)
+					}
+					if err := os.WriteFile(filepath.Join(path+k, "precious"), []byte("kept"+k), 0o600); err != nil {
+						t.Fatal(err)
+					}
+				}
+				h.open()
+				if name == "regions.new" { // a record is begun with a generation
+					if err := h.dev.Reset("test"); err != nil {
+						t.Fatal(err)
+					}
+				}
+				h.writeDown()
+				if name == "rollback" {
+					if !strings.HasPrefix(h.dev.State(), "failed: a rollback to an unknown snapshot did not end") {
+						t.Errorf("state of the device\n got %s\nwant a rollback that did not end", h.dev.State())
+					}
+					if err := h.dev.forgetTear(); err != nil { // as another rollback does
+						t.Error(err)
+					}
+				}
+				was := h.dev.Changes().Generation()
+				h.close()
+
+				var told atomic.Value
+				h.notify = func(e Event) { told.Store(e) }
+				h.open()
+				defer h.close()
+				if got := h.dev.Changes().Generation(); got != was || told.Load() != nil {
+					t.Errorf("generation at the next start: %s, event %v\nwant %s, none", got, told.Load(), was)
+				}
+				u := h.dev.durable.Load()
+				if u == nil {
+					t.Fatal("the next start does not go on with the record")
+				}
+				if st, err := os.Lstat(path); err == nil && !st.Mode().IsRegular() {
+					t.Errorf("%s is still there, of mode %v", name, st.Mode())
+				}
+				aside, err := filepath.Glob(path + ".aside-*")
+				if err != nil || len(aside) != len(tc.content) {
+					t.Errorf("set aside are %q (%v), want %d", aside, err, len(tc.content))
+				}
+				for k := range tc.content {
+					// What was there first has its name.
+					want := "kept" + tc.content[len(tc.content)-1-k]
+					got, err := os.ReadFile(filepath.Join(fmt.Sprintf("%s.aside-%d", path, k+1), "precious"))
+					if err != nil || string(got) != want {
+						t.Errorf("what was set aside as %d: %q (%v), want %q", k+1, got, err, want)
+					}
+				}
+			})
+		}
+	}
+}
+
+// writeDown has the map written down now.
+func (h *home) writeDown() {
+	h.t.Helper()
+	release, err := h.dev.holdDurable()
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	defer release()
+	h.dev.writeDown()
+	if h.dev.durable.Load() == nil {
+		h.t.Error("the map was not written down")
 	}
 }

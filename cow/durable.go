@@ -116,8 +116,23 @@ func (d *Device) checkpoint() error {
 
 // writeMap is writeCheckpoint of the device's map.
 func (d *Device) writeMap(info checkpointInfo, view *cbt.View) error {
-	err := errFaulted
-	d.guarded(func() { err = writeCheckpoint(d.cat.disk, d.mapPath(), info, view) })
+	return d.place(d.mapPath(), func() error {
+		err := errFaulted
+		d.guarded(func() { err = writeCheckpoint(d.cat.disk, d.mapPath(), info, view) })
+		return err
+	})
+}
+
+// place calls write, which makes a file at path with another name and renames it, and once
+// more where directories with these names were in its way.
+func (d *Device) place(path string, write func() error) error {
+	err := write()
+	if inTheWay(err) {
+		if err := d.setAside(path, path+".new"); err != nil {
+			return err
+		}
+		err = write()
+	}
 	return err
 }
 
@@ -141,8 +156,12 @@ func (d *Device) restartDurable() error {
 	}
 	// A snapshot that is being taken may not have found a record to reserve its number
 	// in.
-	r, err := createRegions(d.cat.disk, d.regionsPath(), regionsState{
-		size: d.Size(), generation: generation, number: d.nextNumber(),
+	var r *regions
+	err := d.place(d.regionsPath(), func() (err error) {
+		r, err = createRegions(d.cat.disk, d.regionsPath(), regionsState{
+			size: d.Size(), generation: generation, number: d.nextNumber(),
+		})
+		return err
 	})
 	if err != nil {
 		return err

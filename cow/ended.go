@@ -114,7 +114,7 @@ func (d *Device) endLease(u *durable, deadline time.Time) {
 
 // forgetMap removes the map that was written down, durably.
 func (d *Device) forgetMap() error {
-	err := removeFile(d.cat.disk, d.mapPath())
+	err := d.removeFile(d.mapPath())
 	if err == nil {
 		// Also where it was not there: who removed it may have been killed before
 		// that was durable.
@@ -124,6 +124,29 @@ func (d *Device) forgetMap() error {
 		return nil // nor is the directory
 	}
 	return err
+}
+
+// removeFile removes the file at path, if it is there. A directory in its place is set
+// aside.
+func (d *Device) removeFile(path string) error {
+	err := removeFile(d.cat.disk, path)
+	if inTheWay(err) {
+		err = d.setAside(path)
+	}
+	return err
+}
+
+// setAside sets directories aside that are where files belong, and tells where they are.
+func (d *Device) setAside(paths ...string) error {
+	var errs []error
+	for _, path := range paths {
+		to, err := setAside(d.cat.disk, path)
+		if err == nil && to != "" {
+			d.cfg.Log.Warn("a directory was in the place of a file of the state: it has another name now", "file", path, "to", to)
+		}
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
 }
 
 // forgetter is forgetMap for somebody who may not wait for its end, to be called once. The

@@ -6,6 +6,7 @@ package cow
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
 	"os"
@@ -86,6 +87,36 @@ func removeFile(disk stateDisk, path string) error {
 		return err
 	}
 	return nil
+}
+
+// inTheWay says whether err may be of a directory where a file belongs.
+func inTheWay(err error) bool {
+	return errors.Is(err, syscall.EISDIR) || errors.Is(err, syscall.ENOTEMPTY) || errors.Is(err, syscall.EEXIST)
+}
+
+// setAside makes room where somebody put a directory in the place of a file of ours: an
+// empty one is removed. What has content may be wanted, and gets another name beside it,
+// to; that is empty where there is no such directory any more. Durable is none of it.
+func setAside(disk stateDisk, path string) (to string, err error) {
+	f, err := disk.open(path, false)
+	switch {
+	case err == nil:
+		return "", f.Close()
+	case errors.Is(err, fs.ErrNotExist):
+		return "", nil
+	case !errors.Is(err, syscall.EISDIR):
+		return "", err
+	}
+	if err = disk.remove(path); !inTheWay(err) {
+		return "", err
+	}
+	// What has such a name already stays: a directory replaces no file, and only an empty
+	// directory.
+	for k := 1; k < 100 && err != nil; k++ {
+		to = fmt.Sprintf("%s.aside-%d", path, k)
+		err = disk.rename(path, to)
+	}
+	return to, err
 }
 
 // replaceFile puts a file with what write writes in the place of what is at path,

@@ -170,7 +170,7 @@ func (d *Device) forgetTear() error {
 	if d.stateDir == "" {
 		return nil
 	}
-	return errors.Join(removeFile(d.cat.disk, d.tearPath()), d.cat.disk.syncDir(d.stateDir))
+	return errors.Join(d.removeFile(d.tearPath()), d.cat.disk.syncDir(d.stateDir))
 }
 
 // readTear reads the note at path.
