@@ -65,8 +65,9 @@ func describeChanges(t tracking) ChangesInfo {
 
 // changesOf describes a device's change tracking as of now.
 func changesOf(dev *device) ChangesInfo {
-	info := describeChanges(dev.Tracking())
-	info.Reason = dev.Reason()
+	t := dev.Tracking()
+	info := describeChanges(t)
+	info.Reason = t.Reason()
 	return info
 }
 

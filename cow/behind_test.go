@@ -76,8 +76,8 @@ func TestStampAfterAnEnd(t *testing.T) {
 			if tc.why == "" && (!kept || state != "ok") {
 				t.Errorf("nobody wrote: the generation is kept: %v, the image is %s", kept, state)
 			}
-			if tc.why != "" && (kept || !strings.Contains(state, tc.why) || !strings.Contains(h.dev.Reason(), tc.why)) {
-				t.Errorf("the generation is kept: %v, because %q; the image is %s\nwant a new one, a failed image, and %s", kept, h.dev.Reason(), state, tc.why)
+			if tc.why != "" && (kept || !strings.Contains(state, tc.why) || !strings.Contains(h.dev.Tracking().Reason(), tc.why)) {
+				t.Errorf("the generation is kept: %v, because %q; the image is %s\nwant a new one, a failed image, and %s", kept, h.dev.Tracking().Reason(), state, tc.why)
 			}
 		})
 	}
@@ -140,7 +140,7 @@ func TestBehindOurBackOverAReboot(t *testing.T) {
 					if err != nil {
 						t.Fatal(err)
 					}
-					why = d.Reason()
+					why = d.Tracking().Reason()
 					use(d)
 					if err := errors.Join(d.Close(), cat.Close()); err != nil {
 						t.Error(err)

@@ -15,11 +15,20 @@ import (
 )
 
 // Tracking is what a device's change tracking is called and counts at one moment.
-type Tracking struct{ facts cbt.Facts }
+type Tracking struct {
+	facts cbt.Facts
+	began *beginning
+}
+
+// beginning is why a generation began.
+type beginning struct {
+	generation uuid.UUID
+	why        string
+}
 
 // Tracking says where the device's change tracking stands. Unlike Changes it takes no
 // lock and costs the device's writers nothing: scripts ask for the number every second.
-func (d *Device) Tracking() Tracking { return Tracking{d.changes().Facts()} }
+func (d *Device) Tracking() Tracking { return Tracking{d.changes().Facts(), d.began.Load()} }
 
 // MapSize is how many tracking blocks there are: the length of the map in bytes.
 func (t Tracking) MapSize() int64 { return t.facts.Blocks }
@@ -29,6 +38,15 @@ func (t Tracking) BlockSize() int64 { return t.facts.BlockSize }
 
 // Generation is a UUID: history is continuous only inside one generation.
 func (t Tracking) Generation() string { return t.facts.Generation.String() }
+
+// Reason says why the generation began; empty where that is not known any more, because
+// the machine was started anew since, or we were killed while it began.
+func (t Tracking) Reason() string {
+	if t.began == nil || t.began.generation != t.facts.Generation {
+		return ""
+	}
+	return t.began.why
+}
 
 // Number is the last snapshot's number.
 func (t Tracking) Number() uint64 { return t.facts.Number }
@@ -155,41 +173,40 @@ func (d *Device) Reset(why string) error {
 
 // newGeneration is Reset for those who have emptied the gate.
 func (d *Device) newGeneration(why string) {
-	if !d.renewMemory() {
-		d.always(func() { d.changes().Reset(uuid.New()) })
+	if err := d.replaceLease(); err != nil {
+		d.cfg.Log.Error("cannot begin a new lease: the next start gives the snapshots up", "err", err)
 	}
-	d.noteGeneration(why)
+	generation := uuid.New()
+	d.noteReason(generation, why)
+	d.cat.did("note a reason")
+	if !d.renewChanges(generation) {
+		d.always(func() { d.changes().Reset(generation) })
+	}
+	d.cat.did("begin a generation")
+	d.tellGeneration(why)
 }
 
-// Reason says why the present generation began; empty where that is not known any more,
-// because the machine was started anew since.
-func (d *Device) Reason() string {
-	if why := d.began.Load(); why != nil {
-		return *why
-	}
-	return ""
-}
-
-// noteReason notes why the present generation began, also for the next start.
-func (d *Device) noteReason(why string) {
-	d.began.Store(&why)
+// noteReason notes why a generation begins, for the next start: that takes it for no other
+// generation, so it does not matter which of them a kill leaves.
+func (d *Device) noteReason(generation uuid.UUID, why string) {
 	d.always(func() {
 		b := d.leaseMemory.Bytes()
 		wordAt(b, reasonAt).Store(0)
+		copy(b[reasonOfAt:], generation[:])
 		n := copy(b[reasonTextAt:][:maxReason], why)
 		wordAt(b, reasonAt).Store(uint64(n))
 	})
+	d.began.Store(&beginning{generation, why})
 }
 
 // findReason finds what a predecessor noted.
 func (d *Device) findReason() {
 	b := d.leaseMemory.Bytes()
 	why := string(b[reasonTextAt:][:min(wordAt(b, reasonAt).Load(), maxReason)])
-	d.began.Store(&why)
+	d.began.Store(&beginning{uuid.UUID(b[reasonOfAt:][:16]), why})
 }
 
-func (d *Device) noteGeneration(why string) {
-	d.noteReason(why)
+func (d *Device) tellGeneration(why string) {
 	text := fmt.Sprintf("new generation %s: %s; a full copy is due", d.changes().Generation(), why)
 	d.cfg.Log.Warn("new generation", "text", text)
 	d.event(EventGeneration, "", text)
@@ -199,13 +216,13 @@ func (d *Device) noteGeneration(why string) {
 func (d *Device) changes() *cbt.Map { return d.tracked.Load() }
 
 // newChanges makes an empty map.
-func (d *Device) newChanges() error {
+func (d *Device) newChanges(generation uuid.UUID) error {
 	block := cmp.Or(d.cfg.TrackingBlock, cbt.DefaultBlock)
 	mem, err := d.changesAt(block)
 	if err != nil {
 		return err
 	}
-	m, err := cbt.New(mem, d.Size(), block, uuid.New(), d.cfg.Number)
+	m, err := cbt.New(mem, d.Size(), block, generation, d.cfg.Number)
 	if err == nil {
 		d.tracked.Store(m)
 	}

@@ -174,7 +174,7 @@ func TestDamageInTheRunDirectory(t *testing.T) {
 				t.Errorf("events\n got %+v\nwant one, of images: %s", told, tc.want)
 			}
 			if h.dev.Changes().Generation() != was {
-				t.Errorf("a new generation has begun: %s", h.dev.Reason())
+				t.Errorf("a new generation has begun: %s", h.dev.Tracking().Reason())
 			}
 			p := make([]byte, chunkSize)
 			if err := h.dev.Read(p, 0); err != nil || p[0] != 1 {

@@ -109,10 +109,10 @@ type Device struct {
 	// Stored under mu.
 	limits atomic.Int32
 
-	failure  atomic.Pointer[string] // why the device is failed
-	began    atomic.Pointer[string] // why the present generation did
-	inMemory error                  // why its state is nowhere but in memory; nil where it is not
-	toldLost bool                   // that it lost all images while it was opened
+	failure  atomic.Pointer[string]    // why the device is failed
+	began    atomic.Pointer[beginning] // of the present generation, or the next
+	inMemory error                     // why its state is nowhere but in memory; nil where it is not
+	toldLost bool                      // that it lost all images while it was opened
 
 	// durable is what outlives the machine, nil where nothing does. lease is until
 	// when our own writes may stamp the origin (durable.go).

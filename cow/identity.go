@@ -108,6 +108,7 @@ func (id identity) foreign(now identity, lease time.Time, sameBoot, clean bool) 
 //	   640   512  that reason
 //	  1152     8  when the machine was started, by the clock as it was set when the origin's
 //	              change time was noted, 0 where that is not known; changes
+//	  1160    16  the generation whose reason it is; changes
 const (
 	leaseAt      = checkpointHeader
 	resizedAt    = leaseAt + 8
@@ -121,6 +122,7 @@ const (
 	reasonTextAt = reasonAt + 8
 	maxReason    = 512
 	clockAt      = reasonTextAt + maxReason
+	reasonOfAt   = clockAt + 8
 
 	// clockSlack is by how much two looks at the clock may differ.
 	clockSlack = 50 * time.Millisecond

@@ -36,6 +36,8 @@ import (
 	"time"
 	"unsafe"
 	"weak"
+
+	"github.com/google/uuid"
 )
 
 // mappings are the memories that are mapped from files, by where they begin.
@@ -244,12 +246,9 @@ func (d *Device) beginAnew(why string, lost []*Image) {
 	}
 }
 
-// renewMemory puts new files in the place of a lost lease and of a lost change map, and
-// says whether there is a new map. The gate is empty.
-func (d *Device) renewMemory() bool {
-	if err := d.replaceLease(); err != nil {
-		d.cfg.Log.Error("cannot begin a new lease: the next start gives the snapshots up", "err", err)
-	}
+// renewChanges puts a new file in the place of a lost change map, and says whether there is
+// a new map, of that generation. The gate is empty.
+func (d *Device) renewChanges(generation uuid.UUID) bool {
 	was, mem := d.changes(), d.mapMemory
 	if !mem.lost.Load() {
 		return false
@@ -257,7 +256,7 @@ func (d *Device) renewMemory() bool {
 	d.cfg.Number, d.cfg.TrackingBlock = max(d.cfg.Number, was.Number()+1), was.BlockSize()
 	err := os.RemoveAll(d.path("changes"))
 	if err == nil {
-		err = d.newChanges()
+		err = d.newChanges(generation)
 	}
 	if err != nil {
 		d.mapMemory = mem

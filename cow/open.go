@@ -90,7 +90,8 @@ func (c *Catalogue) open(o *Origin, pool *store.Pool, cfg Config) (*Device, erro
 		d.endFound()
 	}
 	if lost != nil {
-		d.noteGeneration(lost.Error())
+		d.noteReason(d.changes().Generation(), lost.Error())
+		d.tellGeneration(lost.Error())
 	}
 	if err := d.tellOthers(); err != nil {
 		return nil, fmt.Errorf("note that its origin has another name now: %w", err)
@@ -208,7 +209,7 @@ func (d *Device) findWrittenDown(why error, lease time.Time, behind error) (lost
 		if errors.Is(why, errBlank) {
 			lost = errNew
 		}
-		if err := d.newChanges(); err != nil {
+		if err := d.newChanges(uuid.New()); err != nil {
 			return nil, err
 		}
 	}

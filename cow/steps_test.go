@@ -27,6 +27,7 @@ var stepsMet = map[string][]string{
 		"take a spent layer from the register", "remove a spent layer",
 	},
 	"a rollback":         {"note a rollback", "note a tear", "write back", "take back the note of a tear"},
+	"a generation":       {"note a reason", "begin a generation"},
 	"a resize":           {"note a new size"},
 	"a cut by us":        {"note a cut", "cut an origin", "note a new size"},
 	"a device in memory": {"distrust a device", "trust a device"},

@@ -90,8 +90,8 @@ func TestBlockDeviceWrittenByOthers(t *testing.T) {
 				i := image(t, snaps["s"], "vda")
 				kept := h.dev.Changes().Generation() == was
 				if tc.why != "" {
-					if kept || !strings.HasPrefix(i.State(), "failed: "+tc.why) || !strings.HasPrefix(h.dev.Reason(), tc.why) {
-						t.Errorf("the generation is kept: %v, because %q; the image is %s\nwant a new one, a failed image, and %s", kept, h.dev.Reason(), i.State(), tc.why)
+					if kept || !strings.HasPrefix(i.State(), "failed: "+tc.why) || !strings.HasPrefix(h.dev.Tracking().Reason(), tc.why) {
+						t.Errorf("the generation is kept: %v, because %q; the image is %s\nwant a new one, a failed image, and %s", kept, h.dev.Tracking().Reason(), i.State(), tc.why)
 					}
 					return
 				}
@@ -266,7 +266,7 @@ func TestSlowFlushIsNobodysWrite(t *testing.T) {
 	held.Store(&gate)
 	snaps := h.open()
 	if now, state := h.dev.Changes().Generation(), image(t, snaps["s"], "vda").State(); now != was || state != "ok" {
-		t.Errorf("the generation is kept: %v, because %q; the image is %s", now == was, h.dev.Reason(), state)
+		t.Errorf("the generation is kept: %v, because %q; the image is %s", now == was, h.dev.Tracking().Reason(), state)
 	}
 	held.Store(nil)
 	close(gate)
@@ -338,7 +338,7 @@ func TestWrittenByOthersAndMapLost(t *testing.T) {
 		}
 		h.open()
 		if kept := h.dev.Changes().Generation() == was; kept == foreign {
-			t.Errorf("somebody wrote: %v; the generation is kept: %v, because %q", foreign, kept, h.dev.Reason())
+			t.Errorf("somebody wrote: %v; the generation is kept: %v, because %q", foreign, kept, h.dev.Tracking().Reason())
 		}
 		h.close()
 	}
