@@ -53,12 +53,13 @@ type Daemon struct {
 	// mu protects the fields below. Never held across I/O.
 	mu        sync.Mutex
 	devices   map[string]*device
-	adding    map[string]bool // names of devices that are being opened
-	snapshots []*cow.Snapshot // oldest first
-	number    uint64          // highest snapshot number that a removed device had
-	clients   int             // NBD connections to exports of any kind
-	treeless  bool            // the tree was unmounted under clients: end with the last one
-	tree      *fusefs.Tree    // nil where there is none
+	adding    map[string]bool          // names of devices that are being opened
+	removing  map[string]chan struct{} // closed when the device is removed
+	snapshots []*cow.Snapshot          // oldest first
+	number    uint64                   // highest snapshot number that a removed device had
+	clients   int                      // NBD connections to exports of any kind
+	treeless  bool                     // the tree was unmounted under clients: end with the last one
+	tree      *fusefs.Tree             // nil where there is none
 	onLow     func(store.LowSpace)
 
 	// disconnect cuts off the clients of an export; nil while there is no server.
@@ -90,6 +91,7 @@ func newDaemon(version string, log *slog.Logger, cat *cow.Catalogue, pool *store
 		complete: make(chan struct{}),
 		devices:  make(map[string]*device),
 		adding:   make(map[string]bool),
+		removing: make(map[string]chan struct{}),
 	}
 	pool.OnLow(d.noteLow)
 	return d

@@ -30,7 +30,7 @@ func (d *Daemon) addDevice(ctx context.Context, q DeviceRequest, added bool) (De
 	if !filepath.IsAbs(q.Origin) {
 		return DeviceInfo{}, refuse(syscall.EINVAL, "origin %q of device %s is not an absolute path", clip(q.Origin), q.Name)
 	}
-	if err := d.reserve(q.Name); err != nil {
+	if err := d.reserve(ctx, q.Name); err != nil {
 		return DeviceInfo{}, err
 	}
 	dev, err := d.openDevice(ctx, q)
@@ -54,18 +54,36 @@ func (d *Daemon) addDevice(ctx context.Context, q DeviceRequest, added bool) (De
 	return d.deviceInfo(q.Name)
 }
 
-// reserve keeps name for a device that is being opened, which may take long.
-func (d *Daemon) reserve(name string) error {
+// reserve keeps name for a device that is being opened, which may take long. It waits
+// while a device of that name is being removed, with files that are called the same.
+func (d *Daemon) reserve(ctx context.Context, name string) error {
+	for {
+		gone, err := d.tryReserve(name)
+		if gone == nil {
+			return err
+		}
+		select {
+		case <-gone:
+		case <-ctx.Done():
+			return refuse(syscall.EBUSY, "device %s is still being removed", name)
+		}
+	}
+}
+
+// tryReserve is reserve for now; gone is what to wait for.
+func (d *Daemon) tryReserve(name string) (gone <-chan struct{}, err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.isStopping() {
-		return errStopping()
-	}
-	if d.devices[name] != nil || d.adding[name] {
-		return refuse(syscall.EEXIST, "device %s exists already", name)
+	switch {
+	case d.isStopping():
+		return nil, errStopping()
+	case d.removing[name] != nil:
+		return d.removing[name], nil
+	case d.devices[name] != nil || d.adding[name]:
+		return nil, refuse(syscall.EEXIST, "device %s exists already", name)
 	}
 	d.adding[name] = true
-	return nil
+	return nil, nil
 }
 
 func (d *Daemon) openDevice(ctx context.Context, q DeviceRequest) (*cow.Device, error) {
@@ -139,6 +157,7 @@ func (d *Daemon) removeDevice(name string) error {
 	if err != nil {
 		return err
 	}
+	defer d.removed(name)
 	d.noteTree(func(t *fusefs.Tree) { t.DeviceRemoved(name) })
 	d.noteMembers()
 	if err := dev.Remove(); err != nil {
@@ -171,7 +190,7 @@ func (d *Daemon) resizeDevice(name string, q ResizeRequest) (DeviceInfo, error) 
 }
 
 // takeOut takes a device that nobody uses out of the set. It still has to be
-// closed.
+// removed; its name is free again after removed.
 func (d *Daemon) takeOut(name string) (*device, error) {
 	d.changing.Lock()
 	defer d.changing.Unlock()
@@ -187,8 +206,17 @@ func (d *Daemon) takeOut(name string) (*device, error) {
 		return nil, refuse(syscall.EBUSY, "device %s has %s open", name, plural(dev.clients, "NBD connection"))
 	}
 	delete(d.devices, name)
+	d.removing[name] = make(chan struct{})
 	d.number = max(d.number, dev.Tracking().Number())
 	return dev, nil
+}
+
+// removed ends what takeOut has begun.
+func (d *Daemon) removed(name string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	close(d.removing[name])
+	delete(d.removing, name)
 }
 
 // snapshotsOfLocked names the snapshots that a device is in, oldest first. The

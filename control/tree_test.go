@@ -1,6 +1,7 @@
 package control
 
 import (
+	"context"
 	"errors"
 	"slices"
 	"syscall"
@@ -145,6 +146,37 @@ func TestNumbersNeverComeAgain(t *testing.T) {
 	d.number = 1 << 60 // as if the clock had been set back since
 	if got := d.firstNumber(); got <= d.number {
 		t.Errorf("first number after %d\n got %d\nwant one above", d.number, got)
+	}
+}
+
+// TestAddWaitsForRemoval adds a device while another one of that name is being removed: its
+// files must not be taken for those that go.
+func TestAddWaitsForRemoval(t *testing.T) {
+	d := newTestDaemon(t, "vda")
+	dev, err := d.takeOut("vda") // as the removal does
+	if err != nil {
+		t.Fatal(err)
+	}
+	q := DeviceRequest{Name: "vda", Origin: makeOrigin(t, 2<<20)}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := d.addDevice(ctx, q, true); !errors.Is(err, syscall.EBUSY) {
+		t.Errorf("add while the device is being removed, by one who does not wait: %v, want EBUSY", err)
+	}
+	done := make(chan error, 1)
+	go func() {
+		_, err := d.addDevice(t.Context(), q, true)
+		done <- err
+	}()
+	if err := dev.Remove(); err != nil {
+		t.Fatal(err)
+	}
+	d.removed("vda")
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	if info, err := d.deviceInfo("vda"); err != nil || info.Origin != q.Origin {
+		t.Errorf("the device is %+v (%v), want %s", info, err, q.Origin)
 	}
 }
 

@@ -67,6 +67,10 @@ type Catalogue struct {
 	doubted   map[string]*Device
 	recovered bool
 
+	// leaving are closed when the state of the devices is gone which were removed last, by
+	// their names (owndisk.go).
+	leaving map[string]chan struct{}
+
 	// waiting are the devices that have to be resumed by Recover, because they have
 	// layers of a predecessor, in the order in which they were opened.
 	waiting []*Device
@@ -149,6 +153,7 @@ func openCatalogue(dir, boot string) (*Catalogue, error) {
 	c := &Catalogue{
 		dir: dir, disk: hostDisk{}, boot: boot,
 		found: make(map[uint64]*Snapshot), opened: make(map[string]bool), doubted: make(map[string]*Device),
+		leaving: make(map[string]chan struct{}),
 	}
 	path := ""
 	if dir != "" {

@@ -142,6 +142,8 @@ type Device struct {
 	mapMemory   *memory               // of the change map
 	register    *register             // of its layers; nil where it has no state
 	stateDir    string                // where durable is, empty where nothing outlives the machine
+	disk        *ownDisk              // which it is on
+	predecessor <-chan struct{}       // closed when stateDir is its own; nil: it is
 	reason      atomic.Pointer[error] // why the generation must end, as yet
 	poked       chan struct{}         // wakes keepDurable
 	keeping     chan struct{}         // full while somebody replaces durable, or writes it down
@@ -232,14 +234,20 @@ func (d *Device) Close() error {
 	return nil
 }
 
-// Remove is Close for a device that will not come back: its state goes, too.
+// Remove is Close for a device that will not come back: its state goes, too. What is on a
+// state disk that hangs goes when that answers again; a device may be opened with the same
+// name when Remove has returned.
 func (d *Device) Remove() error {
 	err := d.Close()
 	if d.dir != "" {
 		err = errors.Join(err, os.RemoveAll(d.dir))
 	}
 	if d.stateDir != "" {
-		err = errors.Join(err, within(d.cfg.PreserveLimit, d.removeState))
+		done := d.cat.leave(d.name)
+		err = errors.Join(err, within(d.cfg.PreserveLimit, func() error {
+			defer done()
+			return d.removeState()
+		}))
 	}
 	return err
 }

@@ -118,7 +118,7 @@ func (d *Device) checkpoint() error {
 func (d *Device) writeMap(info checkpointInfo, view *cbt.View) error {
 	return d.place(d.mapPath(), func() error {
 		err := errFaulted
-		d.guarded(func() { err = writeCheckpoint(d.cat.disk, d.mapPath(), info, view) })
+		d.guarded(func() { err = writeCheckpoint(d.disk, d.mapPath(), info, view) })
 		return err
 	})
 }
@@ -139,7 +139,8 @@ func (d *Device) place(path string, write func() error) error {
 // restartDurable begins an empty record and writes the map down. Until that is done
 // there is no map, so nobody trusts the record.
 func (d *Device) restartDurable() error {
-	if err := makeDir(d.cat.disk, d.cat.state, d.stateDir); err != nil {
+	d.awaitPredecessor()
+	if err := makeDir(d.disk, d.cat.state, d.stateDir); err != nil {
 		return err
 	}
 	d.awaitForgetting()
@@ -158,7 +159,7 @@ func (d *Device) restartDurable() error {
 	// in.
 	var r *regions
 	err := d.place(d.regionsPath(), func() (err error) {
-		r, err = createRegions(d.cat.disk, d.regionsPath(), regionsState{
+		r, err = createRegions(d.disk, d.regionsPath(), regionsState{
 			size: d.Size(), generation: generation, number: d.nextNumber(),
 		})
 		return err

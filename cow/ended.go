@@ -118,7 +118,7 @@ func (d *Device) forgetMap() error {
 	if err == nil {
 		// Also where it was not there: who removed it may have been killed before
 		// that was durable.
-		err = d.cat.disk.syncDir(d.stateDir)
+		err = d.disk.syncDir(d.stateDir)
 	}
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil // nor is the directory
@@ -129,7 +129,7 @@ func (d *Device) forgetMap() error {
 // removeFile removes the file at path, if it is there. A directory in its place is set
 // aside.
 func (d *Device) removeFile(path string) error {
-	err := removeFile(d.cat.disk, path)
+	err := removeFile(d.disk, path)
 	if inTheWay(err) {
 		err = d.setAside(path)
 	}
@@ -140,7 +140,7 @@ func (d *Device) removeFile(path string) error {
 func (d *Device) setAside(paths ...string) error {
 	var errs []error
 	for _, path := range paths {
-		to, err := setAside(d.cat.disk, path)
+		to, err := setAside(d.disk, path)
 		if err == nil && to != "" {
 			d.cfg.Log.Warn("a directory was in the place of a file of the state: it has another name now", "file", path, "to", to)
 		}
@@ -170,12 +170,15 @@ func (d *Device) awaitForgetting() {
 	}
 }
 
-// removeState removes all that outlives the machine, durably.
+// removeState removes all that outlives the machine, durably. When it begins, nobody else
+// does anything there any more.
 func (d *Device) removeState() error {
-	if err := d.cat.disk.removeAll(d.stateDir); err != nil {
+	d.awaitPredecessor()
+	d.disk.end()
+	if err := d.disk.removeAll(d.stateDir); err != nil {
 		return err
 	}
-	err := d.cat.disk.syncDir(filepath.Dir(d.stateDir))
+	err := d.disk.syncDir(filepath.Dir(d.stateDir))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}

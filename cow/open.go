@@ -72,6 +72,10 @@ func (c *Catalogue) open(o *Origin, pool *store.Pool, cfg Config) (*Device, erro
 		keeping: make(chan struct{}, 1),
 		lease:   new(atomic.Int64),
 	}
+	d.disk = &ownDisk{stateDisk: c.disk}
+	c.mu.Lock()
+	d.predecessor = c.leaving[cfg.Name]
+	c.mu.Unlock()
 	d.size.Store(o.size)
 	d.leaseTimer = time.AfterFunc(time.Hour, d.tendLease)
 	d.leaseTimer.Stop()

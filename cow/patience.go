@@ -65,17 +65,19 @@ type promptDisk struct {
 	stateDisk
 	patience *patience
 	limit    time.Duration // for each call
+	await    func()        // before anything is opened
 }
 
 // promptDisk is the state disk for who opens the device: half of the limit is left for what
 // follows.
 func (d *Device) promptDisk() promptDisk {
-	return promptDisk{d.cat.disk, &d.cat.patience, d.cfg.PreserveLimit / 2}
+	return promptDisk{d.disk, &d.cat.patience, d.cfg.PreserveLimit / 2, d.awaitPredecessor}
 }
 
 func (d promptDisk) open(path string, create bool) (durableFile, error) {
 	var f durableFile
 	err := d.patience.call(d.limit, func() (err error) {
+		d.await()
 		f, err = d.stateDisk.open(path, create)
 		return err
 	}, func() {

@@ -156,10 +156,10 @@ func (d *Device) noteTear(t *tear) error {
 }
 
 func (d *Device) writeTear(t *tear) error {
-	if err := makeDir(d.cat.disk, d.cat.state, d.stateDir); err != nil {
+	if err := makeDir(d.disk, d.cat.state, d.stateDir); err != nil {
 		return err
 	}
-	return replaceFile(d.cat.disk, d.tearPath(), func(f durableFile) error {
+	return replaceFile(d.disk, d.tearPath(), func(f durableFile) error {
 		_, err := f.WriteAt(t.encode(), 0)
 		return err
 	})
@@ -170,7 +170,7 @@ func (d *Device) forgetTear() error {
 	if d.stateDir == "" {
 		return nil
 	}
-	return errors.Join(d.removeFile(d.tearPath()), d.cat.disk.syncDir(d.stateDir))
+	return errors.Join(d.removeFile(d.tearPath()), d.disk.syncDir(d.stateDir))
 }
 
 // readTear reads the note at path.
@@ -201,7 +201,8 @@ func (d *Device) findUnreadTear() {
 	if was == nil || !errors.Is(was.unread, errNoAnswer) {
 		return
 	}
-	if d.tear.CompareAndSwap(was, d.readTear(d.cat.disk, d.tearPath())) {
+	d.awaitPredecessor()
+	if d.tear.CompareAndSwap(was, d.readTear(d.disk, d.tearPath())) {
 		d.tellTear()
 	}
 }
