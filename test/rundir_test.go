@@ -3,6 +3,7 @@
 package test
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -347,5 +348,69 @@ func TestAddToAFullRunDirectory(t *testing.T) {
 	d.blksnap("device", "add", vdb)
 	if got := read(t, d.device("vdb", "state")); got != "ok" {
 		t.Errorf("state: got %s, want ok", got)
+	}
+}
+
+// A user's files that their own mode closes to the daemon, of a device that the next start
+// names or does not name. Their layers' slots are given to others meanwhile.
+func TestForbiddenRunFiles(t *testing.T) {
+	needRoot(t)
+	for _, absent := range []bool{false, true} {
+		t.Run(fmt.Sprintf("absent %v", absent), func(t *testing.T) {
+			d := newDaemon(t, nobody)
+			var origins []string
+			for _, name := range []string{"vda", "vdb"} {
+				origin := makeOrigin(t, d.dir, name, miB)
+				if err := os.Chown(origin, int(nobody.Uid), int(nobody.Gid)); err != nil {
+					t.Fatal(err)
+				}
+				origins = append(origins, origin)
+			}
+			args := []string{"--mount", "none", "--run", d.runDir, "--state", d.state, "--store", "file:" + d.dir + "/store:8MiB"}
+			both := append(slices.Clone(args), origins...)
+			show := func(key string) string {
+				t.Helper()
+				return fmt.Sprint(d.json("device", "show", "vdb")[0][key])
+			}
+			generation := func() string {
+				t.Helper()
+				return fmt.Sprint(d.json("device", "show", "vdb")[0]["cbt"].(map[string]any)["generation"])
+			}
+			d.startPlain(both...)
+			d.blksnap("snapshot", "create", "s1")
+			was := generation()
+			d.kill()
+			files := filepath.Join(d.runDir, "devices", "vdb")
+			if err := os.Chmod(files, 0); err != nil {
+				t.Fatal(err)
+			}
+			if absent {
+				d.startPlain(append(args, origins[0])...)
+			} else {
+				d.startPlain(both...)
+				if got := show("state"); !strings.HasPrefix(got, "ok, in memory only: ") || !strings.Contains(got, "permission denied") {
+					t.Errorf("state: got %s, want in memory only, and why", got)
+				}
+				stampLive(t, d, "vdb", 0, 2)
+			}
+			if got := fmt.Sprint(d.json("snapshot", "show", "s1")[0]["state"]); !strings.HasPrefix(got, "failed: ") {
+				t.Errorf("state of the snapshot: got %s, want failed", got)
+			}
+			d.blksnap("state", "check")
+			d.kill()
+			if err := os.Chmod(files, 0o700); err != nil && !errors.Is(err, os.ErrNotExist) {
+				t.Fatal(err)
+			}
+			d.startPlain(both...)
+			if got := show("state"); got != "ok" {
+				t.Errorf("state: got %s, want ok", got)
+			}
+			if generation() == was {
+				t.Error("the generation of before goes on")
+			}
+			if images := fmt.Sprint(d.json("snapshot", "show", "s1")[0]["images"]); strings.Contains(images, "vdb") {
+				t.Errorf("images of before: %s", images)
+			}
+		})
 	}
 }
