@@ -38,14 +38,15 @@ type VersionInfo struct {
 
 // DeviceInfo describes a device as it is now.
 type DeviceInfo struct {
-	Name      string      `json:"name"`
-	Origin    string      `json:"origin"`
-	Size      int64       `json:"size"`
-	URI       string      `json:"uri"`
-	State     string      `json:"state"`
-	Clients   int         `json:"clients"`   // NBD connections to the live export
-	Snapshots []string    `json:"snapshots"` // oldest first
-	CBT       ChangesInfo `json:"cbt"`
+	Name      string        `json:"name"`
+	Origin    string        `json:"origin"`
+	Size      int64         `json:"size"`
+	URI       string        `json:"uri"`
+	State     string        `json:"state"`
+	Clients   int           `json:"clients"`   // NBD connections to the live export
+	Snapshots []string      `json:"snapshots"` // oldest first
+	CBT       ChangesInfo   `json:"cbt"`
+	StoreWait time.Duration `json:"store_wait_ns"` // how long a write waits for space
 }
 
 // ChangesInfo describes the change tracking of a device, or of an image, for

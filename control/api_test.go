@@ -29,8 +29,8 @@ func TestAPI(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got, want := [2]int64{added.Size, added.CBT.BlockSize}, [2]int64{2 << 20, 4096}; got != want {
-		t.Errorf("size and tracking block of the device added\n got %v\nwant %v", got, want)
+	if got, want := [3]int64{added.Size, added.CBT.BlockSize, int64(added.StoreWait)}, [3]int64{2 << 20, 4096, int64(time.Second)}; got != want {
+		t.Errorf("size, tracking block and wait for space of the device added\n got %v\nwant %v", got, want)
 	}
 	list, err := c.Devices(ctx)
 	if err != nil {

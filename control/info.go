@@ -36,6 +36,7 @@ func (d *Daemon) describeDevice(dev *device) DeviceInfo {
 		Clients:   clients,
 		Snapshots: snapshots,
 		CBT:       changesOf(dev),
+		StoreWait: given(dev.request.StoreWait),
 	}
 }
 

@@ -73,6 +73,7 @@ func (o Output) Device(v DeviceInfo) error {
 		"state", v.State,
 		"clients", strconv.Itoa(v.Clients),
 		"snapshots", orDash(strings.Join(v.Snapshots, ", ")),
+		"store_wait", v.StoreWait.String(),
 	}, changesPairs("cbt/", v.CBT)...)...)
 }
 

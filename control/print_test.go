@@ -55,7 +55,7 @@ func TestRate(t *testing.T) {
 var (
 	goldenChanges = ChangesInfo{65536, "449b2d0a-4d78-44d8-ab22-55a28bb7e11d", 12, 10, ""}
 	goldenBegun   = ChangesInfo{65536, "449b2d0a-4d78-44d8-ab22-55a28bb7e11d", 12, 10, "the device is new"}
-	goldenDevice  = DeviceInfo{"vda", "/srv/vda.img", 10 << 30, "nbd+unix:///vda?socket=/s", "ok", 1, []string{"a", "b"}, goldenChanges}
+	goldenDevice  = DeviceInfo{"vda", "/srv/vda.img", 10 << 30, "nbd+unix:///vda?socket=/s", "ok", 1, []string{"a", "b"}, goldenChanges, 90 * time.Second}
 	goldenTaken   = SnapshotInfo{"nightly", time.Date(2026, 3, 4, 5, 6, 7, 89, time.UTC), "ok", true, 6 * time.Microsecond, 0, nil, []ImageInfo{
 		{"vda", 10 << 30, "nbd+unix:///vda@nightly?socket=/s", "ok", 4096, goldenChanges, nil},
 		{"long-name", 512, "nbd+unix:///long-name@nightly?socket=/s", "overflowed", 0, goldenChanges, nil},
@@ -91,7 +91,7 @@ func TestOutput(t *testing.T) {
 NAME  SIZE   STATE  SNAPSHOTS  CLIENTS  ORIGIN
 vda   10GiB  ok     2          1        /srv/vda.img
 `, `
-{"name":"vda","origin":"/srv/vda.img","size":10737418240,"uri":"nbd+unix:///vda?socket=/s","state":"ok","clients":1,"snapshots":["a","b"],"cbt":` + changesJSON + `}
+{"name":"vda","origin":"/srv/vda.img","size":10737418240,"uri":"nbd+unix:///vda?socket=/s","state":"ok","clients":1,"snapshots":["a","b"],"cbt":` + changesJSON + `,"store_wait_ns":90000000000}
 `},
 		{"no devices", func(o Output) error { return o.Devices(nil) }, "\n", "\n"},
 		{"device", func(o Output) error { return o.Device(goldenDevice) }, `
@@ -102,12 +102,13 @@ uri             nbd+unix:///vda?socket=/s
 state           ok
 clients         1
 snapshots       a, b
+store_wait      1m30s
 cbt/block_size  65536
 cbt/generation  449b2d0a-4d78-44d8-ab22-55a28bb7e11d
 cbt/number      12
 cbt/base        10
 `, `
-{"name":"vda","origin":"/srv/vda.img","size":10737418240,"uri":"nbd+unix:///vda?socket=/s","state":"ok","clients":1,"snapshots":["a","b"],"cbt":` + changesJSON + `}
+{"name":"vda","origin":"/srv/vda.img","size":10737418240,"uri":"nbd+unix:///vda?socket=/s","state":"ok","clients":1,"snapshots":["a","b"],"cbt":` + changesJSON + `,"store_wait_ns":90000000000}
 `},
 		{"snapshots", func(o Output) error { return o.Snapshots([]SnapshotInfo{goldenTaken}) }, `
 NAME     CREATED              STATE  ACCESS  HOLDS  DEVICES
