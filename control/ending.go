@@ -130,8 +130,8 @@ func processState(pid int) (name string, killed bool, err error) {
 }
 
 // freeKilled lets the daemon end that has locked dir, was killed, and hangs in its own
-// tree, which nobody serves any more: then its locks fall. Another daemon's tree answers,
-// and is left alone.
+// tree, which nobody serves any more: then its locks fall. Another daemon's tree is left
+// alone, also where it does not answer.
 func (s *service) freeKilled(ctx context.Context, dir string) {
 	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
 	if err != nil || s.set.mount == "" {
@@ -146,7 +146,7 @@ func (s *service) freeKilled(ctx context.Context, dir string) {
 	if name, killed, err := processState(pid); err != nil || !killed || !isDaemon(name) {
 		return
 	}
-	done, err := fusefs.AbortUnserved(ctx, s.set.mount)
+	done, err := fusefs.AbortUnserved(ctx, s.set.mount, pid)
 	if err != nil {
 		s.log.Warn("the tree of a daemon that was killed does not end", "dir", s.set.mount, "err", err)
 	} else if done {

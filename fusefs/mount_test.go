@@ -567,18 +567,21 @@ func TestAbortUnserved(t *testing.T) {
 		t.Fatal(err)
 	}
 	wait(t, "Done", cut.Done())
+	ours := os.Getpid()
 	for _, tc := range []struct {
 		name, dir string
+		pid       int
 		want      bool
 	}{
-		{"no mount", t.TempDir(), false},
-		{"a tree that is alive", alive, false},
-		{"a tree that is dead", dead, false},
-		{"what nobody serves", mountUnserved(t, "fuse.other"), false},
-		{"a tree that nobody serves", mountUnserved(t, fsType), true},
+		{"no mount", t.TempDir(), ours, false},
+		{"a tree that is alive", alive, ours, false},
+		{"a tree that is dead", dead, ours, false},
+		{"what nobody serves", mountUnserved(t, "fuse.other"), ours, false},
+		{"a tree that nobody serves", mountUnserved(t, fsType), ours, true},
+		{"one that another process does not serve", mountUnserved(t, fsType), sleeps(t), false},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			if got, err := AbortUnserved(t.Context(), tc.dir); got != tc.want || err != nil {
+			if got, err := AbortUnserved(t.Context(), tc.dir, tc.pid); got != tc.want || err != nil {
 				t.Errorf("got %v, %v, want %v", got, err, tc.want)
 			}
 		})
@@ -594,17 +597,25 @@ func TestAbortUnserved(t *testing.T) {
 // mountUnserved mounts a file system that answers nothing.
 func mountUnserved(t *testing.T, kind string) (dir string) {
 	t.Helper()
+	dir, f := mountFile(t, kind)
+	t.Cleanup(func() { f.Close() })
+	return dir
+}
+
+// mountFile mounts a file system whose connection is f.
+func mountFile(t *testing.T, kind string) (dir string, f *os.File) {
+	t.Helper()
 	dir = t.TempDir()
 	fd, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { unix.Close(fd) })
+	f = os.NewFile(uintptr(fd), "/dev/fuse")
 	if err := unix.Mount("blksnap", dir, kind, 0, fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0", fd)); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
-	return dir
+	return dir, f
 }
 
 // TestDeadMountOfOthers leaves a dead mount of another kind alone.

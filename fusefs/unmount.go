@@ -112,12 +112,12 @@ func (t *Tree) abort() error {
 }
 
 // AbortUnserved ends the connection of a tree on dir that does not answer, and says
-// whether it did. It is for who knows that the process that served it was killed: where
-// a thread of that waits for an answer of its own tree, which cannot be interrupted, it
-// keeps the connection alive, all that it has locked, and itself. A tree that answers,
-// one that is dead already, and what is not a tree are left as they are. It takes
-// answerTime at most.
-func AbortUnserved(ctx context.Context, dir string) (done bool, err error) {
+// whether it did. It is for who knows that the process pid was killed: where a thread of
+// that waits for an answer of its own tree, which cannot be interrupted, it keeps the
+// connection alive, all that it has locked, and itself. A tree that answers, one that is
+// dead already, that of another process, and what is not a tree are left as they are. It
+// takes answerTime at most.
+func AbortUnserved(ctx context.Context, dir string, pid int) (done bool, err error) {
 	path, err := resolve(dir)
 	if err != nil {
 		return false, err
@@ -130,6 +130,9 @@ func AbortUnserved(ctx context.Context, dir string) (done bool, err error) {
 	err = inTime(ctx, func() error { return unix.Statfs(path, new(unix.Statfs_t)) })
 	if !errors.Is(err, unix.ETIMEDOUT) || ctx.Err() != nil {
 		return false, nil
+	}
+	if !mayServe(pid, m.dev) {
+		return false, nil // it is only slow
 	}
 	return true, abort(m.dev)
 }
