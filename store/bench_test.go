@@ -1,6 +1,7 @@
 package store
 
 import (
+	"bytes"
 	"fmt"
 	"path/filepath"
 	"testing"
@@ -158,7 +159,7 @@ func BenchmarkRead(b *testing.B) {
 					part = openFile(b, filepath.Join(b.TempDir(), "store"), 2<<30)
 				}
 				p := openPool(b, part)
-				s, data := allocOne(b, p, AllBlocks), make([]byte, SlotSize)
+				s, data := allocOne(b, p, AllBlocks), bytes.Repeat([]byte{0xa5}, SlotSize)
 				if err := p.WriteAt(s, data, 0); err != nil {
 					b.Fatal(err)
 				}

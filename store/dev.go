@@ -130,4 +130,4 @@ func (p *devPart) Punch(off, n int64) error {
 func (p *devPart) NextData(off int64) (int64, error) { return off, nil }
 
 // Avail does not bound the part further: its size does.
-func (p *devPart) Avail() (int64, error) { return math.MaxInt64, p.writeBackError() }
+func (p *devPart) Avail() (int64, error) { return math.MaxInt64, p.lostError(true) }

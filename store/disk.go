@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -22,16 +23,23 @@ import (
 // there before, without an error. The kernel tells of it once, to whoever asks.
 // So disk asks after each read, and does not trust anything once it heard of
 // one: which page it was is not said.
+//
+// The same goes for a file that somebody cut short, to have room on a full disk: the
+// next write makes it longer again, and what was cut off reads as zeroes. It stays
+// shorter than we have made it, because we do that in long steps.
 type disk struct {
 	f      *os.File
 	conn   syscall.RawConn
 	traits Traits
+	size   atomic.Int64 // of the file, which nobody else changes; 0 of a device
 
 	// mu is held while the kernel is asked, which does not wait, so that
 	// nobody is told that all is well before lost is set.
 	mu   sync.Mutex
 	lost error
+	long bool             // whether to look if the file is as long as it was
 	ask  func(fd uintptr) // asks; made once, because every read needs it
+	stat unix.Stat_t
 }
 
 func (d *disk) use(f *os.File) error {
@@ -43,7 +51,21 @@ func (d *disk) use(f *os.File) error {
 	d.ask = func(fd uintptr) {
 		// Waits for nothing, because the header is written at once, but
 		// reports errors of the whole file since it last did.
-		d.lost = unix.SyncFileRange(int(fd), 0, headerSize, unix.SYNC_FILE_RANGE_WAIT_BEFORE)
+		err := unix.SyncFileRange(int(fd), 0, headerSize, unix.SYNC_FILE_RANGE_WAIT_BEFORE)
+		if err != nil {
+			// ENOSPC here is not for somebody who could write elsewhere.
+			d.lost = fmt.Errorf("an earlier write did not reach the disk (%v): %w", err, unix.EIO)
+			return
+		}
+		if !d.long {
+			return
+		}
+		size := d.size.Load() // first: it grows
+		if err := unix.Fstat(int(fd), &d.stat); err != nil {
+			d.lost = err
+		} else if d.stat.Size < size {
+			d.lost = fmt.Errorf("it was cut short, from %d bytes to %d or less: %w", size, d.stat.Size, unix.EIO)
+		}
 	}
 	return nil
 }
@@ -55,7 +77,19 @@ func (d *disk) ReadAt(b []byte, off int64) (int, error) {
 	if err == io.EOF {
 		err = io.ErrUnexpectedEOF
 	}
-	return n, cmp.Or(cause(err), d.writeBackError())
+	return n, cmp.Or(cause(err), d.lostError(mayBeCut(b, off)))
+}
+
+// mayBeCut says whether some of b, which was read at off, can be what is left where a
+// file was cut: the end of a block is zero then. To look only there saves a system call
+// for most reads.
+func mayBeCut(b []byte, off int64) bool {
+	for end := BlockSize - off%BlockSize; end < int64(len(b)); end += BlockSize {
+		if b[end-1] == 0 {
+			return true
+		}
+	}
+	return len(b) > 0 && b[len(b)-1] == 0
 }
 
 func (d *disk) WriteAt(b []byte, off int64) (int, error) {
@@ -63,20 +97,17 @@ func (d *disk) WriteAt(b []byte, off int64) (int, error) {
 	return n, noSpace(cause(err))
 }
 
-// writeBackError returns an error if a page was ever lost on its way to the
-// disk.
-func (d *disk) writeBackError() error {
+// lostError returns an error if a page was ever lost on its way to the disk, or the
+// file cut short, which is looked at only where long is set.
+func (d *disk) lostError(long bool) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.lost != nil {
 		return d.lost
 	}
+	d.long = long
 	if err := d.conn.Control(d.ask); err != nil {
 		return err
-	}
-	if d.lost != nil {
-		// ENOSPC here is not for somebody who could write elsewhere.
-		d.lost = fmt.Errorf("an earlier write did not reach the disk (%v): %w", d.lost, unix.EIO)
 	}
 	return d.lost
 }

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"os"
 	"sync"
-	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 )
@@ -22,8 +21,7 @@ const growStep = 1 << 30
 type filePart struct {
 	disk
 
-	grow sync.Mutex   // serializes growing; held across I/O
-	size atomic.Int64 // of the file
+	grow sync.Mutex // serializes growing; held across I/O
 }
 
 // OpenFile opens the snapstore in the file path, and creates it, with mode
@@ -134,6 +132,9 @@ func (p *filePart) growTo(end int64) error {
 	if end <= p.size.Load() {
 		return nil
 	}
+	if err := p.lostError(true); err != nil {
+		return err // a longer file would not look cut short
+	}
 	size := min((end+growStep-1)/growStep*growStep, dataStart+p.traits.Slots*SlotSize)
 	if err := p.f.Truncate(size); err != nil {
 		// A limit on the size of files may leave room for this much.
@@ -179,5 +180,5 @@ func (p *filePart) Avail() (int64, error) {
 	if err := p.control(func(fd int) error { return unix.Fstatfs(fd, &s) }); err != nil {
 		return 0, fmt.Errorf("ask for free space: %w", err)
 	}
-	return int64(s.Bavail) * s.Bsize, p.writeBackError()
+	return int64(s.Bavail) * s.Bsize, p.lostError(true)
 }

@@ -353,3 +353,44 @@ func TestFileSizeLimit(t *testing.T) {
 		t.Errorf("blocks written\n got %d of 400\nwant 300 or more", written)
 	}
 }
+
+// TestFileCutShort: what somebody cut off is an error, also where it reads as zeroes
+// because the file has grown again.
+func TestFileCutShort(t *testing.T) {
+	for _, tc := range []struct {
+		name string
+		size int64 // that is left
+		next int64 // where something is written then
+	}{
+		{"and not written", 0, -1},
+		{"and written further on", 0, 8 << 20},
+		{"between blocks", dataStart + 3*SlotSize - BlockSize, 8 << 20},
+		{"in a block", dataStart + 3*SlotSize - 1, 8 << 20},
+		{"and grown", 0, growStep},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "store")
+			p, err := OpenFile(path, 64<<20, false)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer p.Close()
+			b := bytes.Repeat([]byte{0xa5}, SlotSize)
+			if _, err := p.WriteAt(b, 2*SlotSize); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.Truncate(path, tc.size); err != nil {
+				t.Fatal(err)
+			}
+			if tc.next >= 0 {
+				p.WriteAt(b, tc.next) // which may fail
+			}
+			if n, err := p.ReadAt(b, 2*SlotSize); err == nil {
+				t.Errorf("read of what was cut off: no error, and %d bytes, the first of them %#x", n, b[0])
+			}
+			if _, err := p.Avail(); !errors.Is(err, unix.EIO) {
+				t.Errorf("ask for free space\n got %v\nwant %v", err, unix.EIO)
+			}
+		})
+	}
+}
