@@ -60,6 +60,10 @@ type ChangesInfo struct {
 	// Reason is why the generation began, as far as that is known: of a device, since
 	// the machine was started; of an image never.
 	Reason string `json:"reason,omitempty"`
+
+	// Warning is why the change tracking of a device may not outlive the machine as it
+	// should; empty where it does.
+	Warning string `json:"warning,omitempty"`
 }
 
 // SnapshotInfo describes a snapshot as it is now.

@@ -21,12 +21,18 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 // memory. Nothing but its methods leads to it.
 func newTestDaemon(t *testing.T, devices ...string) *Daemon {
 	t.Helper()
+	return newTestDaemonOver(t, "", devices...)
+}
+
+// newTestDaemonOver is newTestDaemon with a state directory.
+func newTestDaemonOver(t *testing.T, state string, devices ...string) *Daemon {
+	t.Helper()
 	part, err := store.OpenMem(8 << 20)
 	if err != nil {
 		t.Fatal(err)
 	}
 	pool := store.NewPool(part)
-	cat, _, err := cow.OpenCatalogue("", "")
+	cat, _, err := cow.OpenCatalogue("", state)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -61,14 +61,14 @@ type tracking interface {
 }
 
 func describeChanges(t tracking) ChangesInfo {
-	return ChangesInfo{t.BlockSize(), t.Generation(), t.Number(), t.Base(), ""}
+	return ChangesInfo{BlockSize: t.BlockSize(), Generation: t.Generation(), Number: t.Number(), Base: t.Base()}
 }
 
 // changesOf describes a device's change tracking as of now.
 func changesOf(dev *device) ChangesInfo {
 	t := dev.Tracking()
 	info := describeChanges(t)
-	info.Reason = t.Reason()
+	info.Reason, info.Warning = t.Reason(), dev.Warning()
 	return info
 }
 

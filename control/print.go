@@ -115,6 +115,9 @@ func changesPairs(prefix string, v ChangesInfo) []string {
 	if v.Reason != "" {
 		pairs = append(pairs, prefix+"reason", v.Reason)
 	}
+	if v.Warning != "" {
+		pairs = append(pairs, prefix+"warning", v.Warning)
+	}
 	return pairs
 }
 

@@ -53,8 +53,8 @@ func TestRate(t *testing.T) {
 
 // golden values, as a terminal and a script see them.
 var (
-	goldenChanges = ChangesInfo{65536, "449b2d0a-4d78-44d8-ab22-55a28bb7e11d", 12, 10, ""}
-	goldenBegun   = ChangesInfo{65536, "449b2d0a-4d78-44d8-ab22-55a28bb7e11d", 12, 10, "the device is new"}
+	goldenChanges = ChangesInfo{65536, "449b2d0a-4d78-44d8-ab22-55a28bb7e11d", 12, 10, "", ""}
+	goldenBegun   = ChangesInfo{65536, "449b2d0a-4d78-44d8-ab22-55a28bb7e11d", 12, 10, "the device is new", "it is not kept"}
 	goldenDevice  = DeviceInfo{"vda", "/srv/vda.img", 10 << 30, "nbd+unix:///vda?socket=/s", "ok", 1, []string{"a", "b"}, goldenChanges, 90 * time.Second}
 	goldenTaken   = SnapshotInfo{"nightly", time.Date(2026, 3, 4, 5, 6, 7, 89, time.UTC), "ok", true, 6 * time.Microsecond, 0, nil, []ImageInfo{
 		{"vda", 10 << 30, "nbd+unix:///vda@nightly?socket=/s", "ok", 4096, goldenChanges, nil},
@@ -147,7 +147,8 @@ generation  449b2d0a-4d78-44d8-ab22-55a28bb7e11d
 number      12
 base        10
 reason      the device is new
-`, "\n" + strings.TrimSuffix(changesJSON, "}") + `,"reason":"the device is new"}` + "\n"},
+warning     it is not kept
+`, "\n" + strings.TrimSuffix(changesJSON, "}") + `,"reason":"the device is new","warning":"it is not kept"}` + "\n"},
 		{"store", func(o Output) error { return o.Store([]PartInfo{{"mem", 1 << 30, 4096, 1<<30 - 4096, "ok"}}) }, `
 PART  SIZE  USED  FREE    STATE
 mem   1GiB  4KiB  1.0GiB  ok

@@ -145,6 +145,8 @@ type Device struct {
 	disk        *ownDisk              // which it is on
 	predecessor <-chan struct{}       // closed when stateDir is its own; nil: it is
 	reason      atomic.Pointer[error] // why the generation must end, as yet
+	trouble     atomic.Pointer[error] // why it could not be written down last, nil where it could
+	writing     atomic.Int64          // since when it is being written down, nanoseconds; 0: it is not
 	poked       chan struct{}         // wakes keepDurable
 	keeping     chan struct{}         // full while somebody replaces durable, or writes it down
 	ending      sync.Mutex            // held while it is noted that the generation ends

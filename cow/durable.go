@@ -279,14 +279,46 @@ func (d *Device) keepDurable() {
 
 // writeDown writes down what is to be kept. The caller holds keeping.
 func (d *Device) writeDown() {
+	d.writing.Store(time.Now().UnixNano())
+	defer d.writing.Store(0)
 	err := d.checkpoint()
 	if d.durable.Load() == nil {
 		err = d.restartDurable()
 	}
 	d.findUnreadTear()
-	if err != nil && !errors.Is(err, ErrStopping) {
+	switch {
+	case err == nil:
+		d.trouble.Store(nil)
+	case !errors.Is(err, ErrStopping):
+		d.trouble.Store(&err)
 		d.cfg.Log.Warn("write the change map down", "err", err)
 	}
+}
+
+// Warning says what is wrong with what outlives the machine, empty where nothing is: the
+// device is served all the same, but after a reboot more counts as changed, or all.
+func (d *Device) Warning() string {
+	switch err := d.notWritten(); {
+	case err == nil:
+		return ""
+	case d.durable.Load() == nil:
+		return fmt.Sprintf("change tracking does not outlive the machine: %v", err)
+	default:
+		return fmt.Sprintf("the change map cannot be written down: %v", err)
+	}
+}
+
+// notWritten is why the map could not be written down last, or how long that takes already.
+func (d *Device) notWritten() error {
+	if err := d.trouble.Load(); err != nil {
+		return *err
+	}
+	if began := d.writing.Load(); began != 0 {
+		if took := time.Since(time.Unix(0, began)); took > d.cfg.PreserveLimit {
+			return fmt.Errorf("%w for %v", errNoAnswer, took.Round(time.Second))
+		}
+	}
+	return nil
 }
 
 // renew begins a new generation after the state could not be written.

@@ -103,3 +103,73 @@ func TestStateCannotBeWritten(t *testing.T) {
 		})
 	}
 }
+
+// TestWarning has the state disk fail, and hang, while the map is written down: who asks
+// is told for as long as that is so.
+func TestWarning(t *testing.T) {
+	h := newHome(t, 1<<20)
+	h.state = t.TempDir()
+	var fails atomic.Pointer[func(what string) error]
+	h.disk = &stepDisk{step: func(string) {}, fail: func(what string) error {
+		if f := fails.Load(); f != nil {
+			return (*f)(what)
+		}
+		return nil
+	}}
+	setFails := func(f func(what string) error) { fails.Store(&f) }
+	want := func(when, prefix string) {
+		t.Helper()
+		if got := h.dev.Warning(); !strings.HasPrefix(got, prefix) || (got == "") != (prefix == "") {
+			t.Errorf("%s: the warning is\n got %q\nwant %q...", when, got, prefix)
+		}
+	}
+	h.open()
+	defer h.close()
+	h.waitDurable()
+	h.writeDown()
+	want("at first", "")
+
+	setFails(func(what string) error {
+		if what == "make map.new" {
+			return syscall.ENOSPC
+		}
+		return nil
+	})
+	h.writeDown()
+	want("without space for the map", "the change map cannot be written down: no space left on device")
+	fails.Store(nil)
+	h.writeDown()
+	want("with space again", "")
+
+	setFails(func(what string) error { return syscall.EIO })
+	h.dev.keeping <- struct{}{}
+	u := h.dev.durable.Swap(nil)
+	h.dev.writeDown()
+	<-h.dev.keeping
+	if err := u.regions.file.Close(); err != nil {
+		t.Error(err)
+	}
+	want("without a record", "change tracking does not outlive the machine: ")
+	fails.Store(nil)
+	h.writeDown()
+	want("with a record again", "")
+
+	entered, release := make(chan struct{}), make(chan struct{})
+	setFails(func(what string) error {
+		if what == "make map.new" {
+			close(entered)
+			<-release
+		}
+		return nil
+	})
+	hangs := begin(func() error { h.writeDown(); return nil })
+	<-entered
+	h.dev.writing.Add(int64(time.Hour)) // whatever has passed
+	want("at once", "")
+	h.dev.writing.Add(int64(-2 * time.Hour))
+	want("after an hour", "the change map cannot be written down: no answer for 1h0m")
+	fails.Store(nil)
+	close(release)
+	<-hangs
+	want("with an answer", "")
+}

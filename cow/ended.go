@@ -64,6 +64,7 @@ func (d *Device) endDurable(u *durable, why error, deadline time.Time) {
 	}
 	d.durable.CompareAndSwap(u, nil)
 	d.reason.Store(&why)
+	d.trouble.Store(&why)
 	d.poke()
 }
 
