@@ -520,6 +520,76 @@ func TestFaultInAStart(t *testing.T) {
 	h.close()
 }
 
+// cutLater is an origin that cuts a file short when it is asked who it is, which is after a
+// start has found all of the device's state sound.
+type cutLater struct {
+	originFile
+	cut func()
+}
+
+func (f cutLater) identify(print bool) (identity, error) {
+	f.cut()
+	return f.originFile.identify(print)
+}
+
+// TestFaultInResume cuts a file short when a start has found it sound, before it puts the
+// slots in use that its words name.
+func TestFaultInResume(t *testing.T) {
+	for _, name := range []string{"layer-0", "layer-1", "layer-2", "overlay-1"} {
+		t.Run(name, func(t *testing.T) {
+			h := newHome(t, 4*chunkSize)
+			h.open()
+			put(t, h.dev, 1, 0, 4*chunkSize)
+			h.take("a")
+			put(t, h.dev, 2, 0, blockSize)
+			b, err := h.cat.Take("b", []*Device{h.dev}, TakeOptions{Limit: time.Minute, Writable: true, MaxStore: 1 << 20})
+			if err != nil {
+				t.Fatal(err)
+			}
+			put(t, h.dev, 3, 0, 2*chunkSize)
+			put(t, image(t, b, "vda"), 7, chunkSize, blockSize)
+			h.take("c")
+			put(t, h.dev, 4, 0, blockSize)
+			h.close()
+
+			began := make(chan struct{})
+			h.notify = func(e Event) {
+				if e.Kind == EventGeneration && strings.Contains(e.Text, name+" cannot be read any more") {
+					close(began)
+				}
+			}
+			var once sync.Once
+			h.wrap = func(f originFile) originFile {
+				return cutLater{f, func() {
+					once.Do(func() {
+						if err := os.Truncate(h.layer(name), 0); err != nil {
+							t.Error(err)
+						}
+					})
+				}}
+			}
+			for _, s := range h.open() {
+				if got := s.State(); !strings.Contains(got, name+" cannot be read any more") {
+					t.Errorf("snapshot %s is %q", s.Name(), got)
+				}
+			}
+			want(t, h.dev, 4, 0, blockSize)
+			want(t, h.dev, 3, blockSize, 2*chunkSize-blockSize)
+			h.wantSound(began)
+
+			h.notify = nil
+			h.open()
+			s := h.take("next")
+			put(t, h.dev, 5, 0, 4*chunkSize)
+			want(t, image(t, s, "vda"), 4, 0, blockSize)
+			if err := Check(h.pool, h.dev); err != nil {
+				t.Error(err)
+			}
+			h.close()
+		})
+	}
+}
+
 // TestMemoryIsGivenUpWhileItGrows gives a file up while it grows: it is empty afterwards,
 // and what it has grown by is there all the same, and cannot fault.
 func TestMemoryIsGivenUpWhileItGrows(t *testing.T) {

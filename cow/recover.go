@@ -171,9 +171,11 @@ func (d *Device) recoverState(noted int64) error {
 // that need what the origin does not have any more, and begins to preserve and to
 // reclaim. It is called once, before anything is written.
 func (d *Device) resume() {
-	d.adopt()
-	d.loseCut(d.Size(), math.MaxInt64)
-	d.recount()
+	// Where memory faults it begins again, and takes the words of slots that it has put in
+	// use by then from the tables: no image is there any more that they are for.
+	d.always(d.adopt)
+	d.always(func() { d.loseCut(d.Size(), math.MaxInt64) })
+	d.guarded(d.recount) // else there is nothing to count
 	d.mu.Lock()
 	d.reshieldLocked()
 	d.askLocked()
