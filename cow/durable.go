@@ -147,6 +147,7 @@ func (d *Device) restartDurable() error {
 	if err := d.forgetMap(); err != nil {
 		return err
 	}
+	d.noteBehind(false)
 	generation := d.changes().Generation()
 	if d.hasEnded(generation) {
 		// A start found the map in the run directory, and goes on with it; or could not

@@ -62,6 +62,7 @@ func (d *Device) endDurable(u *durable, why error, deadline time.Time) {
 	if err := d.noteEnded(*u.generation.Load(), deadline); err != nil {
 		d.cfg.Log.Error("cannot note that the generation has ended", "err", err)
 	}
+	d.noteBehind(true)
 	d.durable.CompareAndSwap(u, nil)
 	d.reason.Store(&why)
 	d.trouble.Store(&why)

@@ -109,6 +109,8 @@ func (id identity) foreign(now identity, lease time.Time, sameBoot, clean bool) 
 //	  1152     8  when the machine was started, by the clock as it was set when the origin's
 //	              change time was noted, 0 where that is not known; changes
 //	  1160    16  the generation whose reason it is; changes
+//	  1176     8  1 while the state directory may hold a map or a record that does not know of
+//	              all writes (nostate.go); changes
 const (
 	leaseAt      = checkpointHeader
 	resizedAt    = leaseAt + 8
@@ -123,6 +125,7 @@ const (
 	maxReason    = 512
 	clockAt      = reasonTextAt + maxReason
 	reasonOfAt   = clockAt + 8
+	behindAt     = reasonOfAt + 16
 
 	// clockSlack is by how much two looks at the clock may differ.
 	clockSlack = 50 * time.Millisecond
@@ -239,5 +242,6 @@ func (d *Device) beginLease(mem *memory) error {
 	d.lease.Store(max(d.lease.Load(), info.origin.changed))
 	mem.closeWhenUnused()
 	d.leaseMemory = mem
+	d.noteBehind(d.stateDir != "" && d.durable.Load() == nil)
 	return nil
 }

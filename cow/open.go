@@ -46,7 +46,7 @@ func (c *Catalogue) Open(o *Origin, pool *store.Pool, cfg Config) (*Device, erro
 
 // beginKeeping begins to keep what outlives the machine.
 func (d *Device) beginKeeping() {
-	if d.stateDir == "" {
+	if d.stateDir == "" || d.cat.stateless() != nil {
 		return
 	}
 	d.running.Go(d.keepDurable)
@@ -161,7 +161,7 @@ func (d *Device) find(distrusted bool) (lost, err error) {
 	}
 	var behind error // whatever else is wrong
 	if mem != nil && !lease.IsZero() {
-		behind = cmp.Or(servedAs(mem), d.writtenSince(mem))
+		behind = cmp.Or(servedAs(mem), d.writtenSince(mem), leftBehind(mem))
 	}
 	if mem != nil {
 		err = mem.Close()
@@ -184,9 +184,7 @@ func (d *Device) findInBoot(mem *memory, was identity, lease time.Time) (lost, e
 	if lost = cmp.Or(servedAs(mem), was.foreign(now, lease, true, false), d.writtenSince(mem)); lost != nil {
 		d.disown(lost)
 	} else if d.stateDir != "" {
-		if err := d.reopenDurable(); err != nil {
-			d.cfg.Log.Warn("the record of writes begins anew", "err", err)
-		}
+		d.reopenRecord(mem)
 	}
 	if err := d.beginLease(mem); err != nil {
 		return nil, err

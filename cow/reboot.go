@@ -17,6 +17,18 @@ import (
 	"github.com/google/uuid"
 )
 
+// reopenRecord is reopenDurable, unless the lease file mem says that this does not know of
+// all writes.
+func (d *Device) reopenRecord(mem *memory) {
+	err := leftBehind(mem)
+	if err == nil {
+		err = d.reopenDurable()
+	}
+	if err != nil {
+		d.cfg.Log.Warn("the record of writes does not go on", "err", err)
+	}
+}
+
 // reopenDurable goes on with the record of a predecessor in the same boot, whose map is
 // the device's already.
 func (d *Device) reopenDurable() error {
@@ -182,12 +194,15 @@ func (d *Device) endFound() {
 		return
 	}
 	generation := uuid.Nil
-	if c, err := openCheckpoint(d.promptDisk(), d.mapPath()); err == nil {
+	c, err := openCheckpoint(d.promptDisk(), d.mapPath())
+	switch {
+	case err == nil:
 		generation = c.generation
 		c.file.Close()
+	case !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, ErrDamaged):
+		generation = uuid.Max // it may be read another time
 	}
 	limit := d.cfg.PreserveLimit / 2
-	var err error
 	if d.cat.patience.hangs() {
 		go d.forgetter()() // whenever it answers: it would be waited for in vain
 		err = within(limit, func() error {

@@ -96,7 +96,9 @@ func (i *Image) beginTear() error {
 			return fmt.Errorf("note the rollback: %w", err)
 		}
 	}
-	if d.tear.Load() != nil {
+	if t := d.tear.Load(); t != nil && t.unread != nil {
+		return fmt.Errorf("note the rollback: %v", t)
+	} else if t != nil {
 		return nil
 	}
 	t := &tear{number: d.changes().Number(), snapshot: i.snapshot.name}
@@ -202,7 +204,8 @@ func (d *Device) findUnreadTear() {
 		return
 	}
 	d.awaitPredecessor()
-	if d.tear.CompareAndSwap(was, d.readTear(d.disk, d.tearPath())) {
+	now := d.readTear(d.disk, d.tearPath())
+	if (now == nil || now.unread == nil) && d.tear.CompareAndSwap(was, now) {
 		d.tellTear()
 	}
 }
