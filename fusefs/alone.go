@@ -21,24 +21,68 @@ import (
 // which is held by others who wait for an answer.
 //
 // So all that is done by one thread that has descriptors of its own, and not that
-// one. It is not used for anything else, and ends with the process.
+// one. It is not used for anything else, and ends with its tree.
 
-// serveAlone makes the tree answer its first requests, says how that went, and tells
-// the kernel of what is gone until the tree is unmounted.
-func (t *Tree) serveAlone(first chan<- error) {
+// Thread is that thread. What it leaves behind are copies of descriptors, which it has to
+// close, and to close a file on FUSE or NFS may wait for its disk: so it is best made before
+// anything is opened on a disk that may hang.
+type Thread struct {
+	work  chan func()
+	ended chan struct{}
+}
+
+// NewThread starts a thread for a tree.
+func NewThread() *Thread {
+	th := &Thread{make(chan func()), make(chan struct{})}
+	ready := make(chan struct{})
+	go func() {
+		defer close(th.ended)
+		th.run(ready)
+	}()
+	<-ready
+	return th
+}
+
+// do has the thread call f, and returns when that has ended.
+func (th *Thread) do(f func()) {
+	done := make(chan struct{})
+	th.work <- func() {
+		defer close(done)
+		f()
+	}
+	<-done
+}
+
+// End ends the thread, after its tree.
+func (th *Thread) End() {
+	close(th.work)
+	<-th.ended
+}
+
+// run does what it is told until there is no more. It closes ready when it begins.
+func (th *Thread) run(ready chan<- struct{}) {
 	runtime.LockOSThread() // and is never unlocked: the thread ends with the goroutine
 	if unix.Gettid() == unix.Getpid() {
 		// What /proc/self/fd shows is the main thread's. It waits for another.
 		done := make(chan struct{})
 		go func() {
 			defer close(done)
-			t.serveAlone(first)
+			th.run(ready)
 		}()
 		<-done
 		runtime.UnlockOSThread()
 		return
 	}
 	leaveDescriptors()
+	close(ready)
+	for f := range th.work {
+		f()
+	}
+}
+
+// serveAlone makes the tree answer its first requests, says how that went, and tells
+// the kernel of what is gone until the tree is unmounted.
+func (t *Tree) serveAlone(first chan<- error) {
 	t.alone.Store(int32(unix.Gettid()))
 	err := t.firstAnswer()
 	first <- err

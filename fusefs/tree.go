@@ -32,6 +32,9 @@ type Options struct {
 	// user_allow_other in /etc/fuse.conf for it.
 	AllowOther bool
 
+	// Thread is used until the tree is unmounted, or Mount has failed; nil: one is made.
+	Thread *Thread
+
 	Log *slog.Logger
 }
 
@@ -79,14 +82,14 @@ func Mount(ctx context.Context, src Source, o Options) (*Tree, error) {
 		t.dirPerm = 0o755
 	}
 	t.top = t.root()
-	if err := t.mount(ctx, o.AllowOther); err != nil {
+	if err := t.mount(ctx, o.AllowOther, o.Thread); err != nil {
 		return nil, fmt.Errorf("mount the tree on %s: %w", dir, err)
 	}
 	return t, nil
 }
 
 // mount mounts the tree and returns when it is served.
-func (t *Tree) mount(ctx context.Context, allowOther bool) error {
+func (t *Tree) mount(ctx context.Context, allowOther bool, thread *Thread) error {
 	fd, err := attach(ctx, t.dir, allowOther)
 	if err != nil {
 		return err
@@ -103,7 +106,13 @@ func (t *Tree) mount(ctx context.Context, allowOther bool) error {
 		t.readers.stop()
 	})
 	first := make(chan error, 1)
-	t.serving.Go(func() { t.serveAlone(first) })
+	t.serving.Go(func() {
+		if thread == nil {
+			thread = NewThread()
+			defer thread.End()
+		}
+		thread.do(func() { t.serveAlone(first) })
+	})
 	if err := <-first; err != nil {
 		return also(err, t.Unmount(ctx))
 	}
