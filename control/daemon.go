@@ -25,6 +25,10 @@ type Daemon struct {
 	pool    *store.Pool
 	uri     func(export string) string // NBD URI of an export
 
+	// stateless is why there is no state directory, storeless why the snapstore lacks a
+	// part; nil where it does not.
+	stateless, storeless error
+
 	// stopping is closed, under mu, when the daemon begins to stop: nothing is
 	// added or taken from then on. idle is closed when the last client leaves a
 	// daemon that has lost its tree.

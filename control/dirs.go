@@ -46,7 +46,8 @@ func stateOf(session string, env func(string) string) string {
 		return filepath.Join(dir, "blksnap")
 	}
 	home := env("HOME")
-	if _, err := os.Stat(home); home == "" || err != nil {
+	err := prompt("home", home, func() error { _, err := os.Stat(home); return err })
+	if home == "" || err != nil && !diskFails(err) {
 		return filepath.Join(session, "blksnap-state")
 	}
 	return filepath.Join(home, ".local", "state", "blksnap")

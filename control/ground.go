@@ -33,6 +33,10 @@ const (
 
 	// holdLimit is the same for as long as our clients wait for it.
 	holdLimit = time.Second
+
+	// answerWait is how long a disk has to answer before it counts as one that hangs: one that
+	// was spun down takes some seconds, and to go on without it costs snapshots.
+	answerWait = 10 * time.Second
 )
 
 // maxGround is how many layers are followed: more than anybody stacks, and an
@@ -65,7 +69,34 @@ func checkGround(ctx context.Context, what, path string, p probe) error {
 // prompt calls f, which looks at what is at path, and gives up where its disk does not even
 // answer that.
 func prompt(what, path string, f func() error) error {
-	return within(groundWait+holdLimit, what+" "+path, f)
+	return within(answerWait, what+" "+path, f)
+}
+
+// promptly calls f and returns what it returns, or errHangs after limit: then late is called
+// with what f returns after that, unless with an error.
+func promptly[T any](limit time.Duration, what string, f func() (T, error), late func(T)) (v T, err error) {
+	type answer struct {
+		v   T
+		err error
+	}
+	answers, over := make(chan answer), make(chan struct{})
+	go func() {
+		v, err := f()
+		select {
+		case answers <- answer{v, err}:
+		case <-over:
+			if err == nil {
+				late(v)
+			}
+		}
+	}()
+	select {
+	case a := <-answers:
+		return a.v, a.err
+	case <-time.After(limit):
+		close(over)
+		return v, fmt.Errorf("%s: %w", what, errHangs)
+	}
 }
 
 // ground follows at most depth layers below path.

@@ -18,6 +18,8 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/google/uuid"
+
 	"blksnap/cow"
 	"blksnap/store"
 )
@@ -145,6 +147,10 @@ func (d *Daemon) inspectOnce() ([]StateProblem, error) {
 	}
 	_, found := inspectMembers(run)
 	i := cow.Inspection{Run: run, State: dirs[len(dirs)-1], Slots: d.pool.Slots, Used: d.pool.Used}
+	if d.stateless != nil {
+		i.State = ""
+		found = append(found, StateProblem{"", d.stateless.Error(), "see to its disk, then start the daemon anew"})
+	}
 	problems, err := i.Inspect()
 	return append(found, stateProblems(problems)...), err
 }
@@ -208,17 +214,24 @@ func inspectPart(p memberPart) (inspectedPart, *StateProblem) {
 	if spec.Path == "" {
 		return inspectedPart{err: errors.New("it was in memory, which ended with its daemon")}, nil
 	}
-	id, slots, err := store.Inspect(spec)
+	type header struct {
+		id    uuid.UUID
+		slots int64
+	}
+	h, err := promptly(holdLimit, "look at it", func() (h header, err error) {
+		h.id, h.slots, err = store.Inspect(spec)
+		return h, err
+	}, func(header) {})
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return inspectedPart{err: fmt.Errorf("%s is not there", spec.Path)}, nil // which may need nobody
 	case err != nil:
 		return inspectedPart{err: err}, &StateProblem{spec.Path, err.Error(),
 			"start the daemon anew without it, or with --force to make it anew; the snapshots that need it are lost"}
-	case id != p.ID:
+	case h.id != p.ID:
 		return inspectedPart{err: fmt.Errorf("%s is another snapstore by now", spec.Path)}, nil
 	}
-	return inspectedPart{slots: slots}, nil
+	return inspectedPart{slots: h.slots}, nil
 }
 
 func stateProblems(problems []cow.Problem) []StateProblem {

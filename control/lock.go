@@ -34,17 +34,31 @@ type dirLock struct{ f *os.File }
 // be at control. It waits up to wait for a holder that stops or has died; one
 // that still answers its control socket is an error at once.
 func lockDir(ctx context.Context, dir, control string, wait time.Duration) (*dirLock, error) {
+	l, err := openLock(dir)
+	if err != nil {
+		return nil, err
+	}
+	return l.take(ctx, dir, control, wait, func() {})
+}
+
+// openLock opens the lock of dir, to be taken.
+func openLock(dir string) (*dirLock, error) {
 	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|os.O_CREATE|syscall.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("open lock: %w", err)
 	}
-	l := &dirLock{f}
-	err = l.wait(ctx, time.Now().Add(wait))
+	return &dirLock{f}, nil
+}
+
+// take is lockDir for the lock of dir, which is closed where it cannot be had. It calls alive
+// whenever the disk has answered.
+func (l *dirLock) take(ctx context.Context, dir, control string, wait time.Duration, alive func()) (*dirLock, error) {
+	err := l.wait(ctx, time.Now().Add(wait), alive)
 	if err == nil {
 		err = l.write(fmt.Sprintf("%d %s\n", os.Getpid(), control))
 	}
 	if err != nil {
-		f.Close()
+		l.f.Close()
 		return nil, fmt.Errorf("lock directory %s: %w", dir, err)
 	}
 	return l, nil
@@ -52,8 +66,11 @@ func lockDir(ctx context.Context, dir, control string, wait time.Duration) (*dir
 
 // wait takes the lock as soon as it falls. It gives up at the deadline, when ctx
 // ends, or when a daemon answers that is not going to let it go.
-func (l *dirLock) wait(ctx context.Context, deadline time.Time) error {
+func (l *dirLock) wait(ctx context.Context, deadline time.Time, alive func()) error {
 	for {
+		if alive(); ctx.Err() != nil {
+			return ctx.Err()
+		}
 		err := syscall.Flock(int(l.f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
 		if !errors.Is(err, syscall.EWOULDBLOCK) {
 			return err
@@ -87,15 +104,16 @@ func (l *dirLock) holder(ctx context.Context) (pid string, serving bool) {
 func (l *dirLock) read() (pid, control string, ok bool) {
 	buf := make([]byte, 4096)
 	n, _ := l.f.ReadAt(buf, 0) // what cannot be read is a holder that is not known
-	return strings.Cut(strings.TrimSuffix(string(buf[:n]), "\n"), " ")
+	text, _, _ := strings.Cut(string(buf[:n]), "\n")
+	return strings.Cut(text, " ")
 }
 
 func (l *dirLock) write(text string) error {
-	if err := l.f.Truncate(0); err != nil {
+	// In this order it takes no new space on a disk that is full.
+	if _, err := l.f.WriteAt([]byte(text), 0); err != nil {
 		return err
 	}
-	_, err := l.f.WriteAt([]byte(text), 0)
-	return err
+	return l.f.Truncate(int64(len(text)))
 }
 
 // keep leaves the lock to the end of the process, by a descriptor that nothing else

@@ -9,7 +9,6 @@ import (
 	"io/fs"
 	"net"
 	"os"
-	"slices"
 
 	"blksnap/cow"
 	"blksnap/fusefs"
@@ -25,6 +24,10 @@ func (s *service) open(ctx context.Context, passed []net.Listener) error {
 		return err
 	}
 	if err := s.lock(ctx); err != nil {
+		return err
+	}
+	s.beginTree()
+	if err := s.openState(ctx); err != nil {
 		return err
 	}
 	cat, why, err := cow.OpenCatalogue(s.set.run, s.set.state)
@@ -47,6 +50,7 @@ func (s *service) open(ctx context.Context, passed []net.Listener) error {
 	s.daemon = newDaemon(s.version, s.log, cat, pool, func(export string) string {
 		return exportURI(s.nbdOn[0].Addr(), export, !s.plaintext(s.nbdOn[0]))
 	})
+	s.tellLost()
 	if err := s.listen(ctx, passed); err != nil {
 		return err
 	}
@@ -60,7 +64,7 @@ func (s *service) open(ctx context.Context, passed []net.Listener) error {
 		return err
 	}
 	s.discard()
-	s.daemon.setDirs(s.set.mount, s.set.run, s.set.state)
+	s.daemon.setDirs(s.set.mount, s.dirs()...)
 	s.daemon.keepMembers(s.set.run, left)
 	s.daemon.resumeRollbacks()
 	return nil
@@ -127,13 +131,9 @@ func (s *service) discard() {
 func (s *service) openStores(ctx context.Context, pool *store.Pool, left *members) error {
 	added := left.addedParts(s.set.stores)
 	for _, spec := range s.set.stores {
-		_, err := os.Lstat(spec.Path)
-		made := spec.Kind == store.File && errors.Is(err, fs.ErrNotExist)
-		if err := openStore(ctx, pool, left, spec, s.set.force, false); err != nil {
+		err := s.openGiven(ctx, pool, left, spec)
+		if err != nil && !s.leaveOut(spec, err) {
 			return err
-		}
-		if made {
-			s.later(func() error { return s.unmake(spec.Path) })
 		}
 	}
 	for _, spec := range added {
@@ -154,8 +154,42 @@ func (s *service) openStores(ctx context.Context, pool *store.Pool, left *member
 	return nil
 }
 
+// openGiven opens a part that was asked for. It refuses one that is an origin, or stands on
+// what we are about to serve.
+func (s *service) openGiven(ctx context.Context, pool *store.Pool, left *members, spec store.Spec) error {
+	made := false
+	if spec.Path != "" { // not memory
+		if s.stateless != nil && s.inState(spec) {
+			return s.stateless
+		}
+		err := prompt("snapstore", spec.Path, func() error {
+			_, err := os.Lstat(spec.Path)
+			made = spec.Kind == store.File && errors.Is(err, fs.ErrNotExist)
+			return s.set.checkOrigins(spec)
+		})
+		if err == nil {
+			err = checkGround(ctx, "snapstore", spec.Path, probeRead)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	if err := openStore(ctx, pool, left, spec, s.set.force, false); err != nil {
+		return err
+	}
+	if made {
+		s.later(func() error { return s.unmake(spec.Path) })
+	}
+	return nil
+}
+
+// openStore opens a part of the snapstore. The error is errHangs where its disk does not
+// answer: then the part is closed when it does.
 func openStore(ctx context.Context, pool *store.Pool, left *members, spec store.Spec, force, added bool) error {
-	part, err := afterEnd(ctx, spec.Path, func() (store.Part, error) { return store.Open(spec, force) })
+	part, err := afterEnd(ctx, spec.Path, func() (store.Part, error) {
+		return promptly(answerWait, "snapstore "+spec.String(), func() (store.Part, error) { return store.Open(spec, force) },
+			func(p store.Part) { p.Close() })
+	})
 	if err != nil {
 		return err
 	}
@@ -177,24 +211,25 @@ func (s *service) unmake(path string) error {
 	return os.Remove(path)
 }
 
-// lock locks the run and the state directory. Where something hangs at the end the
-// locks stay, too, until the process is gone: so that the next start waits for it,
-// instead of meeting an origin that is still locked.
+// lock locks the run directory.
 func (s *service) lock(ctx context.Context) error {
-	for _, dir := range slices.Compact([]string{s.set.run, s.set.state}) {
-		s.freeKilled(ctx, dir)
-		l, err := lockDir(ctx, dir, s.set.control, stopWait)
-		if err != nil {
-			return err
-		}
-		s.later(func() error {
-			if s.hangs {
-				return l.keep()
-			}
-			return l.unlock()
-		})
+	s.freeKilled(ctx, s.set.run)
+	l, err := lockDir(ctx, s.set.run, s.set.control, stopWait)
+	if err != nil {
+		return err
 	}
+	s.later(func() error { return s.release(l) })
 	return nil
+}
+
+// release gives the lock of a directory back. Where something hangs at the end it stays until
+// the process is gone: so that the next start waits for that, instead of meeting an origin
+// that is still locked.
+func (s *service) release(l *dirLock) error {
+	if s.hangs {
+		return l.keep()
+	}
+	return within(answerLimit, "unlock a directory", l.unlock)
 }
 
 // listen opens the sockets. Clients that connect already wait until we serve.
@@ -238,6 +273,15 @@ func closeOnce(l net.Listener) func() error {
 	}
 }
 
+// beginTree makes the tree's thread, before anything is opened on a disk that may hang.
+func (s *service) beginTree() {
+	if s.set.mount == "" {
+		return
+	}
+	s.thread = fusefs.NewThread()
+	s.later(func() error { return within(closeLimit, "end the tree", func() error { s.thread.End(); return nil }) })
+}
+
 func (s *service) mountTree(ctx context.Context) (err error) {
 	if s.set.mount == "" {
 		return nil
@@ -246,6 +290,7 @@ func (s *service) mountTree(ctx context.Context) (err error) {
 		Dir:        s.set.mount,
 		Create:     s.set.mountDefault || inBackground(),
 		AllowOther: s.set.allowOther,
+		Thread:     s.thread,
 		Log:        s.log,
 	})
 	if err != nil {

@@ -87,9 +87,15 @@ type service struct {
 	nbdOn  []net.Listener
 	apiOn  net.Listener
 	tree   *fusefs.Tree // nil for none
+	thread *fusefs.Thread
 	served bool
 	hangs  bool   // something is left to the end of the process
 	ending func() // undoes beginEnding
+
+	// stateless is why the start goes on without the state directory, storeless without a
+	// part of the snapstore, and lost what is to be told of that.
+	stateless, storeless error
+	lost                 []Event
 
 	// closers undo what was opened, the last first.
 	closers []func() error

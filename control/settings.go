@@ -138,8 +138,7 @@ func (s *settings) settleDevices(c Config) error {
 	return nil
 }
 
-// settleStores reads the parts of the snapstore, and refuses those that are
-// origins: with --force they would be overwritten.
+// settleStores reads the parts of the snapstore.
 func (s *settings) settleStores(c Config) error {
 	specs := c.Store
 	if len(specs) == 0 {
@@ -155,15 +154,13 @@ func (s *settings) settleStores(c Config) error {
 				return fmt.Errorf("find snapstore: %w", err)
 			}
 		}
-		if err := prompt("snapstore", spec.Path, func() error { return s.checkOrigins(spec) }); err != nil {
-			return err
-		}
 		s.stores = append(s.stores, spec)
 	}
 	return nil
 }
 
-// checkOrigins refuses a part of the snapstore that is an origin.
+// checkOrigins refuses a part of the snapstore that is an origin: with --force it would be
+// overwritten.
 func (s *settings) checkOrigins(part store.Spec) error {
 	for _, d := range s.devices {
 		if part.Path == d.Origin || sameStorage(part.Path, d.Origin) {
@@ -173,13 +170,13 @@ func (s *settings) checkOrigins(part store.Spec) error {
 	return nil
 }
 
-// makeDirs creates the directories and refuses those that stand on what we are
-// about to serve: see ground.go.
+// makeDirs creates the directories but the state directory and refuses those that stand on
+// what we are about to serve: see ground.go.
 func (s *settings) makeDirs(ctx context.Context) error {
 	if err := s.checkGrounds(ctx); err != nil {
 		return err
 	}
-	for _, dir := range []string{s.base, s.run, s.state} {
+	for _, dir := range []string{s.base, s.run} {
 		if dir == "" {
 			continue
 		}
@@ -191,19 +188,8 @@ func (s *settings) makeDirs(ctx context.Context) error {
 }
 
 func (s *settings) checkGrounds(ctx context.Context) error {
-	if err := checkGround(ctx, "state directory", s.state, probeRead); err != nil {
-		return err
-	}
 	if err := checkGround(ctx, "run directory", s.run, probeRead); err != nil {
 		return err
-	}
-	for _, spec := range s.stores {
-		if spec.Path == "" {
-			continue // memory
-		}
-		if err := checkGround(ctx, "snapstore", spec.Path, probeRead); err != nil {
-			return err
-		}
 	}
 	const log = "/proc/self/fd/2"
 	if st, err := os.Stat(log); err != nil || !st.Mode().IsRegular() {

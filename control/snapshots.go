@@ -61,6 +61,9 @@ func (d *Daemon) takeChanging(q SnapshotRequest) (*cow.Snapshot, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := d.checkStore(); err != nil {
+		return nil, err
+	}
 	s, err := d.cat.Take(name, chosen, cow.TakeOptions{Note: note{TTL: q.TTL}.encode(), Writable: q.Writable, MaxStore: q.MaxStore})
 	if err != nil {
 		return nil, err

@@ -88,11 +88,17 @@ func (p *filePart) defaultLimit() (int64, error) {
 	}
 	limit := free / 2 / SlotSize * SlotSize
 	if limit < minDefaultLimit {
-		return 0, fmt.Errorf("its file system has %d bytes free, half of which is less than %s: free some or give a limit",
-			free, FormatSize(minDefaultLimit))
+		return 0, noRoom(fmt.Sprintf("its file system has %d bytes free, half of which is less than %s: free some or give a limit",
+			free, FormatSize(minDefaultLimit)))
 	}
 	return limit, nil
 }
+
+// noRoom is ENOSPC in our own words.
+type noRoom string
+
+func (e noRoom) Error() string { return string(e) }
+func (noRoom) Unwrap() error   { return syscall.ENOSPC }
 
 // syncDir makes a name in dir durable, where the file system has a way to.
 func syncDir(dir string) error {

@@ -329,38 +329,28 @@ func heldByQemu(t *testing.T, path string) string {
 	return path
 }
 
-// TestServeRefusesADeadDisk gives serve a state directory, a run directory and a snapstore
-// on a disk that does not answer: it says which it was, and ends as soon as the disk lets it.
+// TestServeRefusesADeadDisk gives serve a run directory on a disk that does not answer: it
+// says so, and ends as soon as the disk lets it.
 func TestServeRefusesADeadDisk(t *testing.T) {
 	needRoot(t)
-	for what, args := range map[string]func(dead string) []string{
-		"state directory": func(dead string) []string { return []string{"--state", dead, "--store", "mem:16MiB"} },
-		"run directory":   func(dead string) []string { return []string{"--run", dead, "--store", "mem:16MiB"} },
-		"snapstore":       func(dead string) []string { return []string{"--store", "file:" + dead + ":16MiB"} },
-	} {
-		t.Run(strings.ReplaceAll(what, " ", "-"), func(t *testing.T) {
-			t.Parallel()
-			dir, answer := newDeadDir(t)
-			dead := filepath.Join(dir, "below")
-			d := newDaemon(t, nil)
-			cmd := d.command(append([]string{"serve", "--mount", "none", "--run", d.runDir, "--state", d.state,
-				makeOrigin(t, d.dir, "vda", miB)}, args(dead)...)...)
-			cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
-			stderr, err := cmd.StderrPipe()
-			if err != nil {
-				t.Fatal(err)
-			}
-			if err := cmd.Start(); err != nil {
-				t.Fatal(err)
-			}
-			line, err := bufio.NewReader(stderr).ReadString('\n')
-			answer()
-			if want := what + " " + dead + ": it hangs"; err != nil || !strings.Contains(line, want) {
-				t.Errorf("stderr\n got %q, %v\nwant it to mention %q", line, err, want)
-			}
-			if cmd.Wait(); cmd.ProcessState.ExitCode() != 1 {
-				t.Errorf("it ended with %v, want status 1", cmd.ProcessState)
-			}
-		})
+	dir, answer := newDeadDir(t)
+	dead := filepath.Join(dir, "below")
+	d := newDaemon(t, nil)
+	cmd := d.command("serve", "--mount", "none", "--run", dead, "--state", d.state, "--store", "mem:16MiB", makeOrigin(t, d.dir, "vda", miB))
+	cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
+	stderr, err := cmd.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	line, err := bufio.NewReader(stderr).ReadString('\n')
+	answer()
+	if want := "run directory " + dead + ": it hangs"; err != nil || !strings.Contains(line, want) {
+		t.Errorf("stderr\n got %q, %v\nwant it to mention %q", line, err, want)
+	}
+	if cmd.Wait(); cmd.ProcessState.ExitCode() != 1 {
+		t.Errorf("it ended with %v, want status 1", cmd.ProcessState)
 	}
 }
