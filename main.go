@@ -10,6 +10,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"runtime"
 	"slices"
 	"syscall"
 	"time"
@@ -374,6 +375,10 @@ func run(args []string) (status int, err error) {
 	err = command.Run()
 	return control.ExitStatus(err), err
 }
+
+// init keeps the first thread to main, which makes no call that a disk can hold up: the kernel
+// gives a signal to that thread first, and there it would wait for the disk as well.
+func init() { runtime.LockOSThread() }
 
 func main() {
 	if status, ok := control.Helper(os.Args, os.Stdin, os.Stdout); ok { // snapshot create runs us so
