@@ -22,17 +22,15 @@ func mayServe(pid int, dev string) bool {
 	if err != nil {
 		return !errors.Is(err, fs.ErrNotExist)
 	}
-	looked := false
-	for _, t := range threads { // of one that was killed some have ended, and have no files
+	for _, t := range threads {
 		dir := filepath.Join(proc, t.Name())
 		files, err := os.ReadDir(filepath.Join(dir, "fd"))
-		if err != nil {
-			if errors.Is(err, fs.ErrPermission) {
+		if err != nil || len(files) == 0 {
+			if !isDead(dir) {
 				return true
 			}
 			continue
 		}
-		looked = true
 		for _, f := range files {
 			if name, err := os.Readlink(filepath.Join(dir, "fd", f.Name())); err != nil || name != "/dev/fuse" {
 				continue
@@ -43,7 +41,22 @@ func mayServe(pid int, dev string) bool {
 			}
 		}
 	}
-	return !looked // a thread that is just closing its files shows none of them
+	return false
+}
+
+// isDead says whether a thread, by its directory in /proc, has no files any more. One that
+// is just closing them shows none, and may have them for as long as one holds it up.
+func isDead(dir string) bool {
+	status, err := os.ReadFile(filepath.Join(dir, "status"))
+	if err != nil {
+		return !errors.Is(err, fs.ErrPermission)
+	}
+	for line := range bytes.Lines(status) {
+		if state, ok := bytes.CutPrefix(line, []byte("State:\t")); ok {
+			return state[0] == 'Z' || state[0] == 'X'
+		}
+	}
+	return false
 }
 
 // connection is the number of a connection that the text in /proc about an open file tells.
