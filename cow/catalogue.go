@@ -97,12 +97,25 @@ func OpenCatalogue(dir, state string) (c *Catalogue, why, err error) {
 	if err != nil {
 		return nil, nil, err
 	}
+	if err := regainDevices(dir); err != nil {
+		return nil, nil, err
+	}
 	c, why, err = openSoundCatalogue(dir, boot)
 	if err != nil {
 		return nil, nil, fmt.Errorf("open catalogue of snapshots: %w", err)
 	}
 	c.state, c.booted = state, bootTime()
 	return c, why, nil
+}
+
+// regainDevices gives us back the directory of what devices keep, where somebody's chmod
+// took it from us: who cannot list it knows of no device that is not there any more.
+func regainDevices(dir string) error {
+	path := filepath.Join(dir, "devices")
+	if dir == "" || !errors.Is(unix.Access(path, unix.R_OK|unix.W_OK|unix.X_OK), unix.EACCES) {
+		return nil
+	}
+	return os.Chmod(path, 0o700)
 }
 
 // openSoundCatalogue opens a catalogue, an empty one if need be.

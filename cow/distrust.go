@@ -21,6 +21,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"syscall"
 )
 
 // distrustWord is what the catalogue has of a device's name.
@@ -100,25 +101,25 @@ func (c *Catalogue) doubt(name string) error {
 	return nil
 }
 
-// distrustDoubted notes the names that were doubted, and has the devices of these names
-// that have their state in memory begin.
-func (c *Catalogue) distrustDoubted() error {
+// distrustDoubted notes the names that were doubted.
+func (c *Catalogue) distrustDoubted() (err error) {
 	c.mu.Lock()
+	defer c.mu.Unlock()
 	c.recovered = true
-	var err error
-	for name := range c.doubted {
+	for name := range c.doubted { // which nobody adds to any more
 		err = errors.Join(err, c.distrustLocked(name))
 	}
-	c.mu.Unlock()
-	if err != nil {
-		return err
-	}
-	for _, d := range c.doubted { // which nobody adds to any more
+	return err
+}
+
+// resumeInMemory has the devices begin that have their state in memory. It removes files,
+// so nothing can fail any more.
+func (c *Catalogue) resumeInMemory() {
+	for _, d := range c.doubted {
 		if d != nil {
 			d.resumeInMemory()
 		}
 	}
-	return nil
 }
 
 // discardDevices removes what devices keep in the run directory, and distrusts what cannot
@@ -145,7 +146,7 @@ func (c *Catalogue) deviceNames() (names []string, err error) {
 		return nil, nil
 	}
 	entries, err := os.ReadDir(filepath.Join(c.dir, "devices"))
-	if errors.Is(err, fs.ErrNotExist) {
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) {
 		return nil, nil
 	}
 	for _, e := range entries {

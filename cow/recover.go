@@ -76,12 +76,17 @@ func (c *Catalogue) Forget() (int, error) {
 // says so, also where it has none, until it is destroyed: who copies its images must
 // not take the rest for all.
 func (c *Catalogue) Recover() (snaps []*Snapshot, absent []string, err error) {
-	if err := c.distrustDoubted(); err != nil {
-		return nil, nil, err
+	names, err := c.deviceNames()
+	if err == nil {
+		err = c.distrustDoubted()
 	}
-	if absent, err = c.forgetAbsent(); err != nil {
+	if err == nil {
+		absent, err = c.forgetAbsent(names)
+	}
+	if err != nil {
 		return nil, nil, fmt.Errorf("forget images of devices that are not there: %w", err)
 	}
+	c.resumeInMemory()
 	c.mu.Lock()
 	waiting := c.waiting
 	c.waiting = nil
@@ -104,14 +109,10 @@ func (c *Catalogue) Recover() (snaps []*Snapshot, absent []string, err error) {
 	return snaps, absent, nil
 }
 
-// forgetAbsent removes the layers of devices that were not opened, and returns
-// the devices' names. Nobody has put the slots in use that these layers name: from
+// forgetAbsent removes the layers of those of the devices called names that were not
+// opened, and returns these names. Nobody has put the slots in use that these layers name: from
 // now on they are given to others, so no later start may look for images there.
-func (c *Catalogue) forgetAbsent() (absent []string, err error) {
-	names, err := c.deviceNames()
-	if err != nil {
-		return nil, err
-	}
+func (c *Catalogue) forgetAbsent(names []string) (absent []string, err error) {
 	for _, name := range names {
 		c.mu.Lock()
 		opened := c.opened[name]

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -667,5 +668,40 @@ func TestImagesThatWereFoundAndGivenUp(t *testing.T) {
 	}
 	if err := i.Read(p, 0); err != nil || p[0] != 0 {
 		t.Errorf("the image of the other device reads %d, %v, want 0", p[0], err)
+	}
+}
+
+// A start finds something else than a directory where the devices' files are: it serves them
+// with their state in memory, and as ever when there is nothing any more.
+func TestNoDirectoryOfDevices(t *testing.T) {
+	dir := newSiteDir(t)
+	s := openSite(t, dir, 1<<20, nil)
+	s.take(t, "s1")
+	was := s.devs[0].Tracking().Generation()
+	s.close(t)
+	devices := filepath.Join(dir, "run", "devices")
+	if err := errors.Join(os.RemoveAll(devices), os.WriteFile(devices, nil, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	for _, inMemory := range []bool{true, false} {
+		s = openSite(t, dir, 1<<20, nil)
+		for _, d := range s.devs {
+			if got := strings.HasPrefix(d.State(), "ok, in memory only: "); got != inMemory {
+				t.Errorf("state of device %s: %s, want in memory: %v", d.Name(), d.State(), inMemory)
+			}
+			put(t, d, 1, 0, blockSize)
+		}
+		if got := s.devs[0].Tracking().Generation(); got == was {
+			t.Error("the generation of before goes on")
+		} else {
+			was = got
+		}
+		if got, want := s.snap["s1"].State(), "failed: 2 of 2 images were lost before the last start"; got != want {
+			t.Errorf("state of the snapshot\n got %s\nwant %s", got, want)
+		}
+		s.close(t)
+		if err := os.RemoveAll(devices); err != nil {
+			t.Fatal(err)
+		}
 	}
 }

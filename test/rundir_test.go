@@ -351,6 +351,36 @@ func TestAddToAFullRunDirectory(t *testing.T) {
 	}
 }
 
+// A user's directory of all devices' files, which its own mode closes to the daemon: nothing
+// is lost.
+func TestForbiddenDirectoryOfDevices(t *testing.T) {
+	needRoot(t)
+	for _, mode := range []os.FileMode{0, 0o300, 0o400, 0o500} {
+		t.Run(mode.String(), func(t *testing.T) {
+			d := newDaemon(t, nobody)
+			origin := makeOrigin(t, d.dir, "vda", miB)
+			if err := os.Chown(origin, int(nobody.Uid), int(nobody.Gid)); err != nil {
+				t.Fatal(err)
+			}
+			args := []string{"--mount", "none", "--run", d.runDir, "--state", d.state, "--store", "file:" + d.dir + "/store:8MiB", origin}
+			d.startPlain(args...)
+			d.blksnap("snapshot", "create", "s1")
+			was := d.blksnap("device", "show", "vda")
+			d.kill()
+			if err := os.Chmod(filepath.Join(d.runDir, "devices"), mode); err != nil {
+				t.Fatal(err)
+			}
+			d.startPlain(args...)
+			if got := d.blksnap("device", "show", "vda"); got != was {
+				t.Errorf("the device\n got %s\nwant %s", got, was)
+			}
+			if got := fmt.Sprint(d.json("snapshot", "show", "s1")[0]["state"]); got != "ok" {
+				t.Errorf("state of the snapshot: got %s, want ok", got)
+			}
+		})
+	}
+}
+
 // A user's files that their own mode closes to the daemon, of a device that the next start
 // names or does not name. Their layers' slots are given to others meanwhile.
 func TestForbiddenRunFiles(t *testing.T) {
