@@ -304,6 +304,28 @@ func TestInspectBegun(t *testing.T) {
 			}
 		})
 	}
+	for name, n := range map[string]int64{"no lease after the register": -1, "a lease after the register": 0, "a lease of zeroes after the register": memoryStep} {
+		t.Run(name, func(t *testing.T) {
+			dir := oneSite(t)
+			device := filepath.Join(dir, "run", "devices", "c")
+			if err := os.Mkdir(device, 0o700); err != nil {
+				t.Fatal(err)
+			}
+			r, err := newRegister(filepath.Join(device, registerName))
+			if err == nil {
+				err = r.close()
+			}
+			if err == nil && n >= 0 {
+				err = os.WriteFile(filepath.Join(device, "lease"), make([]byte, n), 0o600)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if found := inspect(t, dir); len(found) > 0 {
+				t.Errorf("got %+v\nwant nothing", found)
+			}
+		})
+	}
 	t.Run("a catalogue", func(t *testing.T) {
 		dir := t.TempDir()
 		newSite(t, dir)

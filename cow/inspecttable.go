@@ -16,7 +16,8 @@ import (
 // comes last, was not begun, the device was being added: the next start begins with it
 // anew.
 func (w *inspector) runDevice(name, dir string) {
-	if isBlank(filepath.Join(dir, registerName)) {
+	// The lease is the last file that a device gets, and then come layers.
+	if isBlank(filepath.Join(dir, registerName)) || isBlank(filepath.Join(dir, "lease")) {
 		if numbers, err := numbersIn(dir, layerName); err == nil && len(numbers) == 0 {
 			return
 		}

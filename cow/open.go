@@ -98,7 +98,9 @@ func (c *Catalogue) open(o *Origin, pool *store.Pool, cfg Config) (*Device, erro
 		d.tellGeneration(lost.Error())
 	}
 	if err := d.tellOthers(); err != nil {
-		return nil, fmt.Errorf("note that its origin has another name now: %w", err)
+		// The lease has begun: what others do to the origin from now on must not look
+		// like our own doing.
+		return nil, errors.Join(fmt.Errorf("note that its origin has another name now: %w", err), d.Close())
 	}
 	d.findTear()
 	c.mu.Lock()
@@ -130,11 +132,6 @@ func (d *Device) beginFiles() (lost, err error) {
 	distrusted := d.cat.distrusts(d.name)
 	if lost, err = d.find(distrusted); err != nil {
 		return nil, err
-	}
-	if d.register == nil {
-		if d.register, err = newRegister(d.path(registerName)); err != nil {
-			return nil, err
-		}
 	}
 	if distrusted {
 		d.cat.trust(d.name)
@@ -215,6 +212,11 @@ func (d *Device) findWrittenDown(why error, lease time.Time, behind error) (lost
 			return nil, err
 		}
 	}
+	if d.register, err = newRegister(d.path(registerName)); err != nil {
+		return nil, err
+	}
+	// The lease is last: without one nobody believes the rest, and where this fails, who
+	// knows what others do to the origin until the next start.
 	mem, _, _, why := d.openLease()
 	if mem == nil {
 		return nil, why

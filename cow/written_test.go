@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -235,6 +236,81 @@ func loopHome(t *testing.T) (h *home, loop string) {
 		t.Fatal(err)
 	}
 	return h, loop
+}
+
+// stubbornDisk is the host's file system, on which nobody can remove what is below a directory.
+type stubbornDisk struct {
+	hostDisk
+	dir string
+}
+
+func (k stubbornDisk) remove(path string) error {
+	if strings.HasPrefix(path, k.dir) {
+		return syscall.EIO
+	}
+	return k.hostDisk.remove(path)
+}
+
+// busyDisk is an origin that does not say how much was written to it when it is asked for the
+// fourth time: an open asks twice to compare, once whether it can, and then in the background.
+type busyDisk struct {
+	originFile
+	calls *atomic.Int32
+}
+
+func (b busyDisk) written() (uint64, bool) {
+	if b.calls.Add(1) == 4 {
+		return 0, false
+	}
+	return b.originFile.written()
+}
+
+// TestWrittenAfterAnOpenFailed has somebody write to a block device which we had opened, and
+// then not served: that is not our doing.
+func TestWrittenAfterAnOpenFailed(t *testing.T) {
+	h, loop := loopHome(t)
+	h.state = t.TempDir()
+	h.open()
+	h.writeDown()
+	h.take("s")
+	was := h.dev.Changes().Generation()
+	h.close()
+	devices := filepath.Join(h.state, "devices")
+	other := filepath.Join(devices, "other") // which was the same disk
+	copyTree(t, filepath.Join(devices, "vda"), other)
+	o, err := OpenOrigin(filepath.Join(h.dir, "vda"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	asked := new(atomic.Int32)
+	o.file = busyDisk{o.file, asked}
+	cat := newCatalogue(t, filepath.Join(h.dir, "run"), h.state)
+	cat.disk = stubbornDisk{dir: other}
+	if _, err := cat.Open(o, h.pool, Config{Name: "vda"}); !errors.Is(err, syscall.EIO) {
+		t.Fatalf("open where the other device's map stays: %v, want EIO", err)
+	}
+	if got := asked.Load(); got < 3 {
+		t.Fatalf("the disk was asked %d times what was written", got)
+	}
+	if err := cat.Close(); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.OpenFile(loop, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.WriteAt([]byte("x"), 2<<20); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(f.Sync(), f.Close(), os.RemoveAll(other)); err != nil {
+		t.Fatal(err)
+	}
+	i := image(t, h.open()["s"], "vda")
+	defer h.close()
+	const why = "the origin was written behind our back"
+	if got := h.dev.Tracking(); got.Generation() == was || !strings.HasPrefix(got.Reason(), why) || !strings.HasPrefix(i.State(), "failed: "+why) {
+		t.Errorf("the generation is kept: %v, because %q; the image is %s\nwant a new one, a failed image, and %s", got.Generation() == was, got.Reason(), i.State(), why)
+	}
 }
 
 // slowDisk is an origin whose flushes wait while it is held.

@@ -334,6 +334,36 @@ func TestFailedStartOverReadOnlyRunFiles(t *testing.T) {
 	}
 }
 
+// A start that finds no room for the last of a device's files, and fails, leaves no lease:
+// who writes to the device until the next start is somebody else.
+func TestLeaseIsLast(t *testing.T) {
+	needRoot(t)
+	d, disk := runOn(t)
+	origin := makeOrigin(t, d.dir, "vda", miB)
+	serve := []string{"serve", "--mount", "none", "--run", d.runDir, "--state", d.state, "--store", "file:" + d.dir + "/store:8MiB", origin, "vdb=" + d.dir + "/missing"}
+	leased := func(elem ...string) bool {
+		b, err := os.ReadFile(filepath.Join(append([]string{d.runDir, "devices", "vda"}, elem...)...))
+		return err == nil && len(b) > 0 && slices.ContainsFunc(b[:8], func(c byte) bool { return c != 0 })
+	}
+	without := false
+	for files := 1; !leased("lease"); files++ { // which there may be
+		if files == 50 {
+			t.Fatalf("no lease where %d files may be made", files)
+		}
+		if err := os.RemoveAll(d.runDir); err != nil {
+			t.Fatal(err)
+		}
+		run(t, "mount", "-o", fmt.Sprintf("remount,nr_inodes=%d", files+1), disk)
+		if got := end(t, d.command(serve...)); got.status != 1 {
+			t.Fatalf("a start without an origin: status %d, %s", got.status, got.stderr)
+		}
+		without = without || leased("changes") && leased("layers") && !leased("lease")
+	}
+	if !without || !leased("changes") || !leased("layers") {
+		t.Errorf("the lease was made as the last: %v, and the others are there: %v, %v", without, leased("changes"), leased("layers"))
+	}
+}
+
 // A device that somebody adds to a daemon is refused where its state cannot be kept: who
 // added it is told, and nobody depends on it yet.
 func TestAddToAFullRunDirectory(t *testing.T) {
