@@ -75,17 +75,22 @@ func (c *Catalogue) distrustLocked(name string) (err error) {
 	return err
 }
 
-// trust takes the name out: the files are of now.
+// trust takes the name out, also of what was doubted: the device has its origin, so nobody
+// else has that, and its files are of now.
 func (c *Catalogue) trust(name string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	w := distrustWord(name)
+	delete(c.doubted, name)
+	w, noted := distrustWord(name), false
 	c.guarded(func() {
 		if at := c.findWordLocked(w); at >= 0 {
 			wordAt(c.mem.Bytes(), at).Store(0)
+			noted = true
 		}
 	})
-	c.did("trust a device")
+	if noted {
+		c.did("trust a device")
+	}
 }
 
 // doubt is distrust as soon as it is certain that the start does not fail.

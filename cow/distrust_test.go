@@ -183,3 +183,26 @@ func TestKilledWithADeviceInMemory(t *testing.T) {
 	}
 	t.Logf("killed at each of %d steps", len(l.dirs))
 }
+
+// A lease that another device finds unreadable, and that is made anew by the same start: the
+// next one believes it.
+func TestDoubtEndsWithNewFiles(t *testing.T) {
+	dir := newSiteDir(t)
+	openSite(t, dir, 1<<20, nil).close(t)
+	lease := filepath.Join(dir, "run", "devices", "b", "lease") // a looks at it
+	if err := errors.Join(os.Remove(lease), os.Mkdir(lease, 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	s := openSite(t, dir, 1<<20, nil)
+	s.take(t, "s1")
+	was := s.devs[1].Tracking().Generation()
+	s.close(t)
+	s = openSite(t, dir, 1<<20, nil)
+	defer s.close(t)
+	if got := s.devs[1].Tracking(); got.Generation() != was {
+		t.Errorf("generation %s, because %q\nwant %s to go on", got.Generation(), got.Reason(), was)
+	}
+	if got := s.snap["s1"].State(); got != "ok" {
+		t.Errorf("state of the snapshot: got %s, want ok", got)
+	}
+}

@@ -129,13 +129,10 @@ func (d *Device) beginFiles() (lost, err error) {
 			return nil, err
 		}
 	}
-	distrusted := d.cat.distrusts(d.name)
-	if lost, err = d.find(distrusted); err != nil {
+	if lost, err = d.find(d.cat.distrusts(d.name)); err != nil {
 		return nil, err
 	}
-	if distrusted {
-		d.cat.trust(d.name)
-	}
+	d.cat.trust(d.name)
 	return lost, nil
 }
 
