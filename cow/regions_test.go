@@ -2,6 +2,7 @@ package cow
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"sync"
@@ -253,6 +254,57 @@ func TestDamagedRecord(t *testing.T) {
 		}
 		again.file.Close()
 	}
+}
+
+// TestHeaderThatIsGone opens a record of which the newer header cannot be read, or was
+// zeroed: all that was recorded is still recorded, and no number comes again.
+func TestHeaderThatIsGone(t *testing.T) {
+	for _, unreadable := range []bool{true, false} {
+		t.Run(fmt.Sprintf("unreadable %v", unreadable), func(t *testing.T) {
+			r, path := newTestRegions(t, 2*region)
+			// The other set counts from now on.
+			if err := r.drop(r.state.generation, func() bool { return true }); err != nil {
+				t.Fatal(err)
+			}
+			if err := errors.Join(r.reserve(r.state.number+1), r.drop(r.state.generation, func() bool { return true }), r.add(region, 1)); err != nil {
+				t.Fatal(err)
+			}
+			at := int64(r.state.seq%2) * regionsHeader
+			file := r.file
+			if unreadable {
+				file = badSector{r.file, at}
+			} else if _, err := r.file.WriteAt(zeroes[:regionsHeader], at); err != nil {
+				t.Fatal(err)
+			}
+			again, err := readRegions(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !hasBit(again.recorded, 1) {
+				t.Error("the region is not recorded any more")
+			}
+			if again.state.number < r.state.number {
+				t.Errorf("number\n got %d\nwant %d or more", again.state.number, r.state.number)
+			}
+			if err := again.heal(); err != nil {
+				t.Fatal(err)
+			}
+			wantRegions(t, path, 1)
+		})
+	}
+}
+
+// badSector is a file of which a header cannot be read.
+type badSector struct {
+	durableFile
+	at int64
+}
+
+func (f badSector) ReadAt(p []byte, off int64) (int, error) {
+	if off == f.at {
+		return 0, syscall.EIO
+	}
+	return f.durableFile.ReadAt(p, off)
 }
 
 // TestHealedRecordIsWhole heals a record with a damaged header. A kill at any step of that

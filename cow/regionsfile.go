@@ -129,16 +129,18 @@ func readRegions(f durableFile) (*regions, error) {
 	return r, nil
 }
 
-// readHeaders returns the newer of the headers. Where the other is damaged, it may
+// readHeaders returns the newer of the headers. Where the other is damaged or gone, it may
 // have been the newer one: then it is not sure which set counts, and the number is
 // raised by more than one header differs from the next.
 func readHeaders(f durableFile) (st regionsState, sure bool, err error) {
-	var sound, damaged int
+	var sound, damaged, blank int
 	err = fmt.Errorf("%w: record of regions: no sound header", ErrDamaged)
 	for at := range int64(2) {
 		var b [regionsHeader]byte
-		f.ReadAt(b[:], at*regionsHeader) // what cannot be read is not sound
+		_, rerr := f.ReadAt(b[:], at*regionsHeader)
 		switch h, derr := decodeRegions(b[:]); {
+		case rerr != nil: // which says nothing of what is there
+			damaged++
 		case derr == nil:
 			sound++
 			if sound == 1 || h.seq > st.seq {
@@ -149,10 +151,15 @@ func readHeaders(f durableFile) (st regionsState, sure bool, err error) {
 			damaged++
 		case b != [regionsHeader]byte{}:
 			damaged++
+		default:
+			blank++
 		}
 	}
 	if sound == 0 {
 		return st, false, err
+	}
+	if st.seq > 1 { // so both have been written
+		damaged += blank
 	}
 	if damaged > 0 {
 		st.number += 2 * reserveStep
