@@ -136,8 +136,14 @@ const (
 // mapped; ErrDamaged says that another file may be in its place.
 func (d *Device) openLease() (mem *memory, was identity, lease time.Time, err error) {
 	path := d.path("lease")
-	if st, err := os.Lstat(path); err == nil && !st.Mode().IsRegular() {
+	switch st, err := os.Lstat(path); {
+	case err != nil: // said by who opens it
+	case !st.Mode().IsRegular():
 		return nil, was, lease, fmt.Errorf("%w: lease: it is not a regular file", ErrDamaged)
+	case st.Size()%memoryStep != 0:
+		// To be mapped it is made longer, with zeroes, which say that nobody else had
+		// the origin, and that nobody counts what is written to it.
+		return nil, was, lease, fmt.Errorf("%w: lease: it is cut short, to %d bytes", ErrDamaged, st.Size())
 	}
 	mem, err = memoryAt(path, memoryStep)
 	if err != nil {
