@@ -45,7 +45,7 @@ type Device interface {
 	Origin() string // path
 	Size() int64    // bytes
 	URI() string    // NBD URI of its live export
-	State() string  // "ok", "stopping" or "failed: why"
+	State() string  // "ok", "ok, in memory only: why", "stopping" or "failed: why"
 
 	// Tracking is what its change tracking is called and counts as of this
 	// call. Unlike Changes it costs the device's writers nothing: scripts ask
