@@ -64,13 +64,25 @@ func DefaultControl() string {
 // write there could put a socket or a lock of his own in place of ours. Its
 // mode stays as it is, since somebody chose it; what we put there is 0600.
 func makePrivate(dir string) error {
-	if err := os.MkdirAll(filepath.Dir(dir), 0o755); err != nil {
+	if err := makeParent(filepath.Dir(dir)); err != nil {
 		return fmt.Errorf("create what %s is in: %w", dir, err)
 	}
 	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 		return fmt.Errorf("create directory: %w", err)
 	}
 	return checkPrivate(dir)
+}
+
+// makeParent creates a directory with what leads to it. Where a name is taken that cannot be
+// looked at, the error is why: a disk that fails, or a symbolic link to nowhere.
+func makeParent(dir string) error {
+	err := os.MkdirAll(dir, 0o755)
+	if errors.Is(err, fs.ErrExist) {
+		if _, why := os.Stat(dir); why != nil {
+			return why
+		}
+	}
+	return err
 }
 
 // checkPrivate refuses a directory that is not ours or that others can write

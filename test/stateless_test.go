@@ -304,11 +304,15 @@ func TestServeRefusesAWrongState(t *testing.T) {
 	if err := os.Chown(filepath.Join(dir, "others"), 1, 1); err != nil {
 		t.Fatal(err)
 	}
+	if err := os.Symlink(filepath.Join(dir, "nowhere"), filepath.Join(dir, "dangling")); err != nil {
+		t.Fatal(err)
+	}
 	origin := makeOrigin(t, dir, "vda", miB)
 	for state, want := range map[string]string{
 		"/proc/blksnap":                     "create directory",
 		filepath.Join(dir, "file"):          "is not a directory",
 		filepath.Join(dir, "file", "below"): "not a directory",
+		filepath.Join(dir, "dangling", "x"): "no such file",
 		filepath.Join(dir, "others"):        "belongs to user 1",
 	} {
 		d := newDaemon(t, nil)
