@@ -30,6 +30,10 @@ const (
 	inspections = 4
 
 	inspectPause = 50 * time.Millisecond
+
+	// inspectWait is how long it waits each time for a part of the snapstore: all looks
+	// together as long as a disk may take that was spun down.
+	inspectWait = answerWait / inspections
 )
 
 // Inspecting says whose state is to be verified.
@@ -109,7 +113,7 @@ func shareLock(dir string) (unlock func() error, holder *Client, err error) {
 
 // inspectFiles verifies what is in the directories, which no daemon uses.
 func inspectFiles(run, state string) ([]StateProblem, error) {
-	parts, found := inspectMembers(run)
+	parts, found := inspectMembers(run, answerWait)
 	i := cow.Inspection{Run: run, State: state, Slots: parts.slots}
 	problems, err := i.Inspect()
 	return append(found, stateProblems(problems)...), err
@@ -145,7 +149,7 @@ func (d *Daemon) inspectOnce() ([]StateProblem, error) {
 	if run == "" {
 		return nil, errors.New("the daemon is starting")
 	}
-	_, found := inspectMembers(run)
+	_, found := inspectMembers(run, inspectWait)
 	i := cow.Inspection{Run: run, State: dirs[len(dirs)-1], Slots: d.pool.Slots, Used: d.pool.Used}
 	if d.stateless != nil {
 		i.State = ""
@@ -172,8 +176,9 @@ func (p inspectedParts) slots(no uint8) (int64, error) {
 	return part.slots, part.err
 }
 
-// inspectMembers verifies the set file and the headers of the parts that it names.
-func inspectMembers(run string) (inspectedParts, []StateProblem) {
+// inspectMembers verifies the set file and the headers of the parts that it names. It waits
+// for each of these up to limit.
+func inspectMembers(run string, limit time.Duration) (inspectedParts, []StateProblem) {
 	parts := make(inspectedParts)
 	boot, err := cow.BootID()
 	if err != nil {
@@ -189,7 +194,7 @@ func inspectMembers(run string) (inspectedParts, []StateProblem) {
 	}
 	var found []StateProblem
 	for _, p := range m.Parts {
-		part, problem := inspectPart(p)
+		part, problem := inspectPart(p, limit)
 		if parts[p.No] = part; problem != nil {
 			found = append(found, *problem)
 		}
@@ -205,8 +210,8 @@ func unread(err error) string {
 	return err.Error()
 }
 
-// inspectPart verifies the header of a part.
-func inspectPart(p memberPart) (inspectedPart, *StateProblem) {
+// inspectPart verifies the header of a part. It waits for that up to limit.
+func inspectPart(p memberPart, limit time.Duration) (inspectedPart, *StateProblem) {
 	spec, err := store.ParseSpec(p.Spec)
 	if err != nil {
 		return inspectedPart{err: err}, nil
@@ -218,13 +223,16 @@ func inspectPart(p memberPart) (inspectedPart, *StateProblem) {
 		id    uuid.UUID
 		slots int64
 	}
-	h, err := promptly(holdLimit, "look at it", func() (h header, err error) {
+	h, err := promptly(limit, "look at it", func() (h header, err error) {
 		h.id, h.slots, err = store.Inspect(spec)
 		return h, err
 	}, func(header) {})
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return inspectedPart{err: fmt.Errorf("%s is not there", spec.Path)}, nil // which may need nobody
+	case errors.Is(err, errHangs):
+		err = errors.New("it does not answer")
+		return inspectedPart{err: err}, &StateProblem{spec.Path, err.Error(), "see to its disk, and check again"}
 	case err != nil:
 		return inspectedPart{err: err}, &StateProblem{spec.Path, err.Error(),
 			"start the daemon anew without it, or with --force to make it anew; the snapshots that need it are lost"}

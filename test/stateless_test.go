@@ -295,6 +295,25 @@ func TestStartWithADeadPart(t *testing.T) {
 	}
 }
 
+// TestCheckOverADeadPart verifies the state of a daemon while the snapstore's disk does not
+// answer, which may be one that was spun down: nobody is told to make the snapstore anew.
+func TestCheckOverADeadPart(t *testing.T) {
+	needRoot(t)
+	disk, d := newBadDisk(t), newDaemon(t, nil)
+	t.Cleanup(disk.heal) // before the daemon is stopped that waits for it
+	part := filepath.Join(disk.dir, "snapstore")
+	d.start(makeOrigin(t, d.dir, "vda", miB), "--store", "file:"+part+":16MiB")
+	disk.spoil("open snapstore", fuse.OK)
+	r := d.try("state", "check")
+	if out := r.stdout + r.stderr; r.status != 1 || !strings.Contains(out, part+": it does not answer") || strings.Contains(out, "--force") {
+		t.Errorf("state check ended with %d: %s\nwant 1, that %s does not answer, and not to make it anew", r.status, out, part)
+	}
+	disk.heal()
+	if r := d.try("state", "check"); r.status != 0 {
+		t.Errorf("state check ended with %d when the disk answered again: %s%s", r.status, r.stdout, r.stderr)
+	}
+}
+
 // TestServeRefusesAWrongState gives serve state directories that cannot be what was meant.
 func TestServeRefusesAWrongState(t *testing.T) {
 	needRoot(t)
