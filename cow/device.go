@@ -241,15 +241,25 @@ func (d *Device) Close() error {
 // name when Remove has returned.
 func (d *Device) Remove() error {
 	err := d.Close()
-	if d.dir != "" {
-		err = errors.Join(err, os.RemoveAll(d.dir))
-	}
 	if d.stateDir != "" {
-		done := d.cat.leave(d.name)
-		err = errors.Join(err, within(d.cfg.PreserveLimit, func() error {
-			defer done()
-			return d.removeState()
-		}))
+		err = errors.Join(err, d.leaveState())
+	}
+	if d.dir != "" {
+		err = errors.Join(err, os.RemoveAll(d.dir)) // after what says whether the state is behind
+	}
+	return err
+}
+
+// leaveState removes what outlives the machine, or, where that does not work, notes that
+// nobody may believe it: it may look sound, and the lease file, which knows better, goes.
+func (d *Device) leaveState() error {
+	done := d.cat.leave(d.name)
+	err := within(d.cfg.PreserveLimit, func() error {
+		defer done()
+		return d.removeState()
+	})
+	if err != nil {
+		err = errors.Join(err, d.cat.distrust(d.name))
 	}
 	return err
 }

@@ -8,6 +8,8 @@
 // has the device's name, which takes no room and no call. Who opens a device that it names begins
 // anew, and takes the name out when that is done. Of a catalogue that is lost, or of another
 // boot, all files of devices are removed, and what cannot be removed is distrusted.
+// So is a device that was removed where its state could not be: what that holds may be older
+// than the origin, and the lease file that says so (nostate.go) goes.
 //
 // Until Recover is called a start may fail, and be repeated when the files can be used
 // again. So names are noted there, before the first write.

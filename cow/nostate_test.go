@@ -147,3 +147,38 @@ func TestRollbackWithoutState(t *testing.T) {
 		t.Errorf("the refused rollback changed the origin: sector 0 holds %d, want %d", got, without.value)
 	}
 }
+
+// TestRemoveWithoutState removes a device of a start that has no state directory. The next
+// start, which has it, finds a map there that ended in order, and must not believe it: nothing
+// in the run directory says any more what was written since.
+func TestRemoveWithoutState(t *testing.T) {
+	l := newPowerLife(t)
+	l.dir, l.block = t.TempDir(), true
+	l.keep()
+	l.take()
+	l.put(0)
+	l.must(l.dev.Close())
+	l.flushed()
+	was := l.dev.Changes().Generation()
+
+	without := l.successor("without state")
+	without.cat.WithoutState(fmt.Errorf("open lock: %w", syscall.EIO))
+	without.fact("without state", func(f *powerFacts) { f.generation, f.reserved = "", false })
+	without.open()
+	without.put(3 << regionShift)
+	without.must(without.dev.Flush())
+	without.flushed()
+	if err := without.dev.Remove(); err == nil {
+		t.Error("a device was removed without the state directory, and nothing said that its state stays")
+	}
+
+	with := without.successor("with state again")
+	with.open()
+	t.Cleanup(with.stop)
+	if got := with.dev.Changes().Generation(); got == was {
+		t.Errorf("generation %s goes on after the device was removed", got)
+	}
+	for _, b := range with.facts.backups {
+		with.checkIncrement(b, was)
+	}
+}

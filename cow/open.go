@@ -224,7 +224,7 @@ func (d *Device) findWrittenDown(why error, lease time.Time, behind error) (lost
 // Why a device without state that counts begins a generation.
 var (
 	errNew        = errors.New("the device is new")
-	errDistrusted = errors.New("its files in the run directory were given up before, by who could not use, change or remove them")
+	errDistrusted = errors.New("its files were given up before, by who could not use, change or remove them")
 )
 
 // disown gives the images up, because somebody else wrote to the origin, and the
