@@ -16,7 +16,8 @@
 //	    16    36  boot id, as text
 //	    56     8  last snapshot id given out; changes
 //	    64  4032  words, each the FNV-1a hash (64 bits, and never 0) of the name of a device
-//	              whose files here nobody may believe (distrust.go); 0: none; change
+//	              whose files here nobody may believe (distrust.go), or of the empty name
+//	              (allBlock); 0: none; change
 //	  4096     …  records
 //
 // Record of a snapshot

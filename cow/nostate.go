@@ -10,7 +10,8 @@
 // must not believe it. After a reboot that is told by an attribute of the origin (endFound).
 // In the same boot, also where an origin has no place for that, by the lease file: from when a
 // device has no durable state until what there was is gone for good, it says that the state
-// directory is behind.
+// directory is behind. Of block devices that have no lease file then, or another name, the
+// catalogue says it (distrust.go).
 
 package cow
 
@@ -20,7 +21,18 @@ import (
 
 // WithoutState has nothing outlive the machine, because of why, and nothing in the state
 // directory be touched. It is called before the first device is opened.
-func (c *Catalogue) WithoutState(why error) { c.disk = noDisk{unanswered{why}} }
+func (c *Catalogue) WithoutState(why error) {
+	c.disk = noDisk{unanswered{why}}
+	c.doubt(allBlock) // which does not fail before Recover
+}
+
+// allBlock is in place of a device's name where the catalogue says, until the machine is
+// started anew, that no map of a block device may be believed which only the state directory
+// has: the disk may have been written under another name, or the lease file be lost.
+const allBlock = ""
+
+// errUnknown is of such a map.
+var errUnknown = errors.New("the state directory could not be had for a while since the machine was started: nobody knows who wrote to the origin")
 
 // stateless is why the state directory is not to be touched, nil where it is.
 func (c *Catalogue) stateless() error {

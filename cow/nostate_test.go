@@ -6,6 +6,8 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/google/uuid"
+
 	"blksnap/store"
 )
 
@@ -180,5 +182,50 @@ func TestRemoveWithoutState(t *testing.T) {
 	}
 	for _, b := range with.facts.backups {
 		with.checkIncrement(b, was)
+	}
+}
+
+// TestOtherNameWithoutState reboots after a clean end, and serves the disk under another name
+// without the state directory. The start after that, under the first name, finds a map that
+// looks sound: only the other device's lease file knows who wrote.
+func TestOtherNameWithoutState(t *testing.T) {
+	for _, kept := range []bool{true, false} {
+		t.Run(fmt.Sprintf("kept %v", kept), func(t *testing.T) {
+			l := newPowerLife(t)
+			l.dir, l.block = t.TempDir(), true
+			l.keep()
+			l.take()
+			l.put(0)
+			l.must(l.dev.Close())
+			l.flushed()
+			was := l.dev.Changes().Generation()
+
+			l.dir, l.cat.boot = t.TempDir(), uuid.NewString()
+			without := l.successor("without state")
+			without.name = "vdb"
+			without.cat.WithoutState(fmt.Errorf("open lock: %w", syscall.EIO))
+			without.fact("without state", func(f *powerFacts) { f.generation, f.reserved = "", false })
+			without.open()
+			_, _, err := without.cat.Recover()
+			without.must(err)
+			without.put(3 << regionShift)
+			without.must(without.dev.Flush())
+			without.flushed()
+			if kept {
+				without.must(without.dev.Close())
+			} else if err := without.dev.Remove(); err == nil {
+				t.Error("a device was removed without the state directory, and nothing said that its state stays")
+			}
+
+			with := without.successor("with state again")
+			with.open()
+			t.Cleanup(with.stop)
+			if got := with.dev.Changes().Generation(); got == was {
+				t.Errorf("generation %s goes on after the disk was served under another name", got)
+			}
+			for _, b := range with.facts.backups {
+				with.checkIncrement(b, was)
+			}
+		})
 	}
 }

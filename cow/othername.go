@@ -77,7 +77,7 @@ func (d *Device) tellOthers() error {
 // tellStates is tellState for all others; errNoAnswer where the state disk hangs.
 func (d *Device) tellStates(now identity) error {
 	if d.cat.stateless() != nil {
-		return nil // it is noted with the origin that all that was there has ended
+		return nil // it is noted with the origin, or the catalogue, that all that was there has ended
 	}
 	patience, limit := &d.cat.patience, d.cfg.PreserveLimit/2
 	var names []string

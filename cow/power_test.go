@@ -77,6 +77,7 @@ type powerLife struct {
 	dir   string        // the run directory, empty where nothing outlives the process
 	limit time.Duration // how long a state disk is waited for; 0: the default
 	block bool          // a block device
+	name  string        // of the device; empty: vda
 	still bool          // an origin of which nobody can see who wrote to it, as if all writes were ours
 	hangs bool          // the snapstore may hang
 	cat   *Catalogue
@@ -136,7 +137,7 @@ func (l *powerLife) open() {
 	size, _ := file.size()
 	var err error
 	l.dev, err = l.cat.Open(&Origin{path: "/origin", size: size, file: file}, l.pool, Config{
-		Name: "vda", TrackingBlock: powerBlock, Number: first, PreserveLimit: l.limit,
+		Name: cmp.Or(l.name, "vda"), TrackingBlock: powerBlock, Number: first, PreserveLimit: l.limit,
 		Notify: func(e Event) {
 			if e.Kind == EventGeneration {
 				l.why.Store(e.Text)

@@ -147,6 +147,9 @@ func (d *Device) recoverMap(c *checkpointFile, r *regions, run time.Time) error 
 	if err != nil {
 		return err
 	}
+	if !now.isFile() && d.cat.distrusts(allBlock) {
+		return errUnknown
+	}
 	lease, sameBoot := r.state.lease, c.boot == d.cat.boot
 	if sameBoot && !clean && run.IsZero() && !now.isFile() {
 		return errors.New("what the run directory knew of the origin is lost: nobody knows who wrote to it last")
