@@ -396,6 +396,7 @@ func TestWrittenByOthersAndMapLost(t *testing.T) {
 		h, loop := loopHome(t)
 		h.state = filepath.Join(h.dir, "state")
 		h.open()
+		h.waitDurable()
 		put(t, h.dev, 1, 0, 2<<20)
 		was := h.dev.Changes().Generation()
 		h.close()
