@@ -87,7 +87,7 @@ func writeReport(w io.Writer, o options, results []result, took time.Duration) e
 
 // conditions says what was measured, with what, where.
 func conditions(o options, took time.Duration) string {
-	return fmt.Sprintf(`Made by %smake bench%s on %s in %s: medians of %d, in brackets the lowest and highest, and in the next columns
+	return fmt.Sprintf(`Made by %smake bench%s on %s in %s: medians of %d, of two where a run takes minutes (the record for loss of power), in brackets the lowest and highest, and in the next columns
 how many times the value of that subject the first one's is. Every subject of a row is measured in each run, one after the other or in turns. Origin:
 %d MiB of random bytes in page cache, on %s; snapstore: a file beside it; unix sockets; fio's nbd engine.
 
