@@ -2,8 +2,8 @@
 //
 // What it is on may hang, fail, be full or be read-only, and the origins are served all the
 // same. Then nobody has its lock, so nothing in it is read or changed until the next start:
-// the devices go on in generations that end with the machine (cow/nostate.go), and so does a
-// snapstore that lies in it. (Not even where the disk answers again: it may be our own export
+// the devices go on in generations that end with the machine (cow/nostate.go), and a snapstore
+// that lies in it is left out. (Not even where the disk answers again: it may be our own export
 // that it stands on, which a start finds out before anything is served.)
 //
 // What is wrong with the path itself is another matter: where it may not be used, leads
@@ -141,7 +141,7 @@ func (s *service) warn(kind, text string) {
 	s.lost = append(s.lost, Event{Time: time.Now(), Kind: kind, Text: text})
 }
 
-// tellLost lets the daemon know what it goes on without.
+// tellLost lets the daemon and its catalogue know what they go on without.
 func (s *service) tellLost() {
 	for _, e := range s.lost {
 		s.daemon.events.add(e)
@@ -152,7 +152,8 @@ func (s *service) tellLost() {
 	}
 }
 
-// dirs are where we keep what outlives us.
+// dirs are where we keep what outlives us: the run directory first, and last where that is
+// which outlives the machine.
 func (s *service) dirs() []string {
 	if s.stateless != nil || s.set.state == s.set.run {
 		return []string{s.set.run}

@@ -36,6 +36,15 @@ func (l *powerLife) successor(where string) *powerLife {
 	return next
 }
 
+// withoutState is a successor that cannot have the state directory.
+func (l *powerLife) withoutState(why error) *powerLife {
+	l.t.Helper()
+	next := l.successor("without state")
+	next.cat.WithoutState(fmt.Errorf("open lock: %w", why))
+	next.fact("without state", func(f *powerFacts) { f.generation, f.reserved = "", false })
+	return next
+}
+
 // TestStartWithoutState goes on without the state directory after a process that was killed
 // or has ended, and then with it, or not, before power is lost. The device is served, what
 // is written meanwhile is in each increment that is told of later, and the state disk is not
@@ -115,9 +124,7 @@ func TestRebootWithoutState(t *testing.T) {
 	l.keep()
 	l.take()
 	l.must(l.dev.Close())
-	without := l.successor("without state")
-	without.cat.WithoutState(fmt.Errorf("open lock: %w", syscall.EROFS))
-	without.fact("without state", func(f *powerFacts) { f.generation, f.reserved = "", false })
+	without := l.withoutState(syscall.EROFS)
 	without.open()
 	t.Cleanup(without.stop)
 	if got, want := fmt.Sprint(without.why.Load()), "open lock: read-only file system"; !strings.Contains(got, want) {
@@ -134,9 +141,7 @@ func TestRollbackWithoutState(t *testing.T) {
 	l := newPowerLife(t)
 	l.dir = t.TempDir()
 	l.keep()
-	without := l.successor("without state")
-	without.cat.WithoutState(fmt.Errorf("open lock: %w", syscall.EIO))
-	without.fact("without state", func(f *powerFacts) { f.generation, f.reserved = "", false })
+	without := l.withoutState(syscall.EIO)
 	without.open()
 	t.Cleanup(without.stop)
 	without.take()
@@ -163,9 +168,7 @@ func TestRemoveWithoutState(t *testing.T) {
 	l.flushed()
 	was := l.dev.Changes().Generation()
 
-	without := l.successor("without state")
-	without.cat.WithoutState(fmt.Errorf("open lock: %w", syscall.EIO))
-	without.fact("without state", func(f *powerFacts) { f.generation, f.reserved = "", false })
+	without := l.withoutState(syscall.EIO)
 	without.open()
 	without.put(3 << regionShift)
 	without.must(without.dev.Flush())
@@ -201,10 +204,8 @@ func TestOtherNameWithoutState(t *testing.T) {
 			was := l.dev.Changes().Generation()
 
 			l.dir, l.cat.boot = t.TempDir(), uuid.NewString()
-			without := l.successor("without state")
+			without := l.withoutState(syscall.EIO)
 			without.name = "vdb"
-			without.cat.WithoutState(fmt.Errorf("open lock: %w", syscall.EIO))
-			without.fact("without state", func(f *powerFacts) { f.generation, f.reserved = "", false })
 			without.open()
 			_, _, err := without.cat.Recover()
 			without.must(err)
