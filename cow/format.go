@@ -53,7 +53,8 @@
 //	    80     8  fault: 0 healthy, 1 overflowed, 2 failed, 3 destroyed; changes
 //	    88     8  length of the reason, written before fault
 //	    96   512  reason
-//	   608     8  1 while the device is being rolled back to the image; changes
+//	   608     8  1 while the device is to be rolled back to the image, 2 from when it is
+//	              noted that this tears it (tear.go); changes
 //	   616     8  1 once the layer is spent (spent.go); then its words mean nothing, and
 //	              the file may be cut to 64 KiB
 //
@@ -114,6 +115,13 @@ const (
 	statePrepared
 	stateLive
 	stateDying
+)
+
+// States of a layer's rollback.
+const (
+	rollbackNone = iota
+	rollbackPending
+	rollbackTorn
 )
 
 // Kinds of faults.

@@ -211,7 +211,7 @@ func (w *inspector) layer(b []byte, h layerHeader, changes *cbt.Report) error {
 	committed, rollback := host.Uint64(b[layerCommitted:]), host.Uint64(b[layerRollback:])
 	spent := host.Uint64(b[layerSpent:])
 	switch {
-	case fault > faultDestroyed || committed > 1 || rollback > 1 || spent > 1 || spent == 1 && fault == faultNone:
+	case fault > faultDestroyed || committed > 1 || rollback > rollbackTorn || spent > 1 || spent == 1 && fault == faultNone:
 		return fmt.Errorf("%w: words of its header: committed %d, fault %d, rollback %d, spent %d", ErrDamaged, committed, fault, rollback, spent)
 	case host.Uint64(b[layerReason:]) > layerReasonBytes:
 		return fmt.Errorf("%w: a reason of %d bytes", ErrDamaged, host.Uint64(b[layerReason:]))

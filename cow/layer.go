@@ -127,10 +127,11 @@ func (l *layer) commit() { wordAt(l.table.header(), layerCommitted).Store(1) }
 
 func (l *layer) committed() bool { return wordAt(l.table.header(), layerCommitted).Load() == 1 }
 
-// setRollback notes whether the device is being rolled back to the layer's image.
+// setRollback notes how far the device is being rolled back to the layer's image.
 func (l *layer) setRollback(n uint64) { wordAt(l.table.header(), layerRollback).Store(n) }
 
-func (l *layer) rollback() bool { return wordAt(l.table.header(), layerRollback).Load() == 1 }
+// rollback is what setRollback noted.
+func (l *layer) rollback() uint64 { return wordAt(l.table.header(), layerRollback).Load() }
 
 // setFault notes why the layer's image has no health any more. One caller at a
 // time.

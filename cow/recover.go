@@ -294,7 +294,7 @@ func (d *Device) recoverImage(s *Snapshot, l foundLayer, frozen map[uint64]*cbt.
 	default:
 		l.layer.image = i
 		d.addImageLocked(i) // nobody else is there yet
-		if l.rollback() {
+		if l.rollback() != rollbackNone {
 			d.rollback.Store(i)
 		}
 	}

@@ -163,11 +163,15 @@ func (i *Image) pend() error {
 // killed process leaves it. An image that ends is not pending from then on
 // (retireImageLocked), so the layer of the one that is cannot have gone.
 func (d *Device) setRollbackLocked(to *Image) {
-	if was := d.rollback.Swap(to); was != nil {
-		d.guardedLocked(func() { was.layer.setRollback(0) })
+	was := d.rollback.Swap(to)
+	if was == to {
+		return // it goes on
+	}
+	if was != nil {
+		d.guardedLocked(func() { was.layer.setRollback(rollbackNone) })
 	}
 	if to != nil {
-		d.guardedLocked(func() { to.layer.setRollback(1) }) // or it has ended
+		d.guardedLocked(func() { to.layer.setRollback(rollbackPending) }) // or it has ended
 	}
 	d.cat.did("note a rollback")
 }

@@ -155,6 +155,53 @@ func TestRollbackKilledAtEveryStep(t *testing.T) {
 	t.Logf("killed after each of %d steps", len(lives))
 }
 
+// TestRollbackGoesOnWithoutState starts on what each step of a rollback leaves, and the state
+// directory is not to be had. Nobody can see the note of the tear, but what has begun to
+// write back comes to its end; what has not is refused, and has changed nothing. With the
+// state directory again nothing is left of either.
+func TestRollbackGoesOnWithoutState(t *testing.T) {
+	old, _, before := rollbackStates()
+	torn := 0
+	for _, l := range rollbackLives(t) {
+		if l.done {
+			continue
+		}
+		l.disk = noDisk{unanswered{errIO}}
+		snaps := l.open()
+		err := image(t, snaps["old"], "vda").Rollback()
+		want := before
+		if l.torn {
+			torn++
+			want = old
+		}
+		if (err == nil) != l.torn {
+			t.Errorf("%s: torn %v: %v", l.what, l.torn, err)
+		}
+		wantBytes(t, l.what+": the device", l.dev, want)
+		l.close()
+
+		l.disk = nil
+		snaps = l.open()
+		if got := l.dev.State(); (got == "ok") == l.torn {
+			t.Errorf("%s: state with the note that is left: %s", l.what, got)
+		}
+		if err := image(t, snaps["old"], "vda").Rollback(); err != nil {
+			t.Errorf("%s: %v", l.what, err)
+		}
+		if got := l.dev.State(); got != "ok" {
+			t.Errorf("%s: state at the end: %s", l.what, got)
+		}
+		wantBytes(t, l.what+": the device at the end", l.dev, old)
+		l.close()
+		if t.Failed() {
+			return
+		}
+	}
+	if torn == 0 {
+		t.Error("no step left a device that was torn")
+	}
+}
+
 // wantIncrement checks that what changed since the newer snapshot makes live of what
 // that held.
 func (l rollbackLife) wantIncrement(newer, live []byte) {

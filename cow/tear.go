@@ -25,6 +25,7 @@
 package cow
 
 import (
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -87,27 +88,39 @@ func (d *Device) tearPath() string {
 }
 
 // beginTear notes, durably, that the device is about to be torn. What tore it before
-// stays noted.
+// stays noted. A rollback that goes on after a kill has noted it before, and needs not see
+// the note: it may have written already, and to leave the device like that would be worse.
 func (i *Image) beginTear() error {
 	d := i.device
 	if t := d.tear.Load(); t != nil && t.unread != nil {
 		err := within(d.cfg.PreserveLimit, func() error { d.findUnreadTear(); return nil })
-		if err != nil {
-			return fmt.Errorf("note the rollback: %w", err)
+		if t = d.tear.Load(); t != nil && t.unread != nil {
+			if i.hasTorn() {
+				return nil
+			}
+			return fmt.Errorf("note the rollback: %w", cmp.Or(err, errors.New(t.String())))
 		}
 	}
-	if t := d.tear.Load(); t != nil && t.unread != nil {
-		return fmt.Errorf("note the rollback: %v", t)
-	} else if t != nil {
-		return nil
+	if d.tear.Load() == nil {
+		t := &tear{number: d.changes().Number(), snapshot: i.snapshot.name}
+		if err := d.noteTear(t); err != nil {
+			return fmt.Errorf("note the rollback: %w", err)
+		}
+		d.tear.Store(t)
 	}
-	t := &tear{number: d.changes().Number(), snapshot: i.snapshot.name}
-	if err := d.noteTear(t); err != nil {
-		return fmt.Errorf("note the rollback: %w", err)
+	d.mu.Lock()
+	if d.rollback.Load() == i { // else it has ended
+		d.guardedLocked(func() { i.layer.setRollback(rollbackTorn) })
 	}
-	d.tear.Store(t)
+	d.mu.Unlock()
 	d.cat.did("note a tear")
 	return nil
+}
+
+// hasTorn says whether the rollback to the image has noted a tear, in this life or before.
+func (i *Image) hasTorn() (yes bool) {
+	i.device.guarded(func() { yes = i.layer.rollback() == rollbackTorn })
+	return yes
 }
 
 // endTear takes the note back after the device became what the image is.
